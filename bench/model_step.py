@@ -1,0 +1,298 @@
+"""What does fine-tuning through svdkern cost, against the frozen model and against PEFT? One whole training step.
+
+    make demo                                              runs this on SmolLM2-135M as its last part
+    python -m bench.model_step --model DIR --dtype bf16    any causal language model saved by save_pretrained
+
+Providers, all in one dtype, all with AdamW and its step included:
+
+    frozen         nothing trains but the first norm weight, so that backward runs through every layer: the floor
+    svdkern        svdkern's layers, fp32 factors
+    peft_default   PEFT LoRA as it comes (factors raised to fp32)
+    peft_bf16      PEFT LoRA with factors in the base's dtype (autocast_adapter_dtype=False)
+
+Step times are taken in turn in one process (medians); peak memory in one process each, because the peak of a process
+only grows. Writes one JSON line a provider. A provider that fails, or would take too long, is a line with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from bench import harness
+
+PROVIDERS = ("frozen", "svdkern", "peft_default", "peft_bf16")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FIELDS = (
+    "bench",
+    "provider",
+    "device",
+    "isa",
+    "dtype",
+    "factor_dtype",
+    "model",
+    "tokens",
+    "sequence",
+    "r",
+    "median_s",
+    "p20_s",
+    "p80_s",
+    "n",
+    "ratio_to_frozen",
+    "peak_memory_mb",
+    "commit",
+    "dirty",
+    "torch",
+    "machine",
+    "threads",
+    "status",
+    "reason",
+)
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+def load_saved(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model saved in `directory`, built without ever holding its weights twice (this also measures memory)."""
+    config = AutoConfig.from_pretrained(directory)
+    config.use_cache = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights = {name: tensor.to(device, dtype) for name, tensor in load_file(directory / "model.safetensors").items()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{directory}/model.safetensors has no weight {name!r}")
+    # Buffers that no checkpoint holds (rotary frequencies) were made on the meta device: build those modules again.
+    for name, module in model.named_modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, type(module)(config).to(device))
+    return model.requires_grad_(False).train()
+
+
+def adapted(
+    name: str, directory: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None, rank: int
+) -> nn.Module:
+    """The saved model as `name` trains it."""
+    model = load_saved(directory, dtype, device)
+    if name == "frozen":
+        next(p for n, p in model.named_parameters() if "norm" in n).requires_grad_(True)
+    elif name == "svdkern":
+        import svdkern
+
+        if adapter is not None:
+            svdkern.load_adapter(model, adapter)
+        else:
+            svdkern.adapt(model, method="pissa", rank=rank)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora, autocast_adapter_dtype=name == "peft_default")  # type: ignore[arg-type]
+    with torch.no_grad():
+        # PEFT starts from B = 0; equal, nonzero factors for everyone, since zeros run faster on some devices.
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim == 2:
+                parameter.normal_(0.0, 0.01)
+    return model
+
+
+def make_step(model: nn.Module, ids: Tensor) -> Callable[[int], float]:
+    """One training step as the demo runs it; returns nothing that is waited for on a GPU."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-6, fused=True)
+
+    def step(_: int) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        return 0.0
+
+    return step
+
+
+# --------------------------------------------------------------------------------------------- time and memory
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak of this process in MB (10⁶ bytes): allocated memory of the GPU, or resident memory on a CPU.
+
+    On Linux VmHWM, not ru_maxrss: a child inherits ru_maxrss from the process that started it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if found:
+        return int(found.group(1)) * 1024 / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def memory_in_a_process_of_its_own(name: str, options: argparse.Namespace) -> tuple[float | None, str | None]:
+    """(peak in MB, None) or (None, reason)."""
+    command = [sys.executable, "-m", "bench.model_step", "--memory-of", name, "--model", str(options.model)]
+    command += ["--dtype", options.dtype, "--tokens", str(options.tokens), "--sequence", str(options.sequence)]
+    command += ["--device", options.device, "--rank", str(options.rank), "--threads", str(torch.get_num_threads())]
+    command += ["--adapter", str(options.adapter)] if options.adapter else []
+    done = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return None, lines[-1] if lines else f"exit status {done.returncode}"
+    return json.loads(done.stdout.strip().splitlines()[-1])["peak_memory_mb"], None
+
+
+def make_ids(model: nn.Module, tokens: int, sequence: int, device: torch.device) -> Tensor:
+    """Random token ids (tokens // sequence, sequence): what a step costs does not depend on the words."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return torch.randint(0, vocabulary, (tokens // sequence, sequence), generator=generator).to(device)
+
+
+def expected_seconds(model: nn.Module, ids: Tensor) -> float:
+    """A step's seconds estimated from 4 tokens: ATen's bf16 backward takes minutes on CPUs without bf16 hardware."""
+    few = ids[:1, :4]
+    start = time.perf_counter()
+    make_step(model, few)(0)
+    return (time.perf_counter() - start) * ids.numel() / few.numel()
+
+
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of all providers: step times interleaved, then peak memory one by one."""
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    start = time.perf_counter()
+    steps: dict[str, Callable[[int], float]] = {}
+    reasons: dict[str, str] = {}
+    for name in options.providers:
+        try:
+            model = adapted(name, options.model, dtype, device, options.adapter, options.rank)
+            ids = make_ids(model, options.tokens, options.sequence, device)
+            if device.type == "cpu" and dtype != torch.float32 and not harness.bf16_hardware():
+                expected = expected_seconds(model, ids)
+                if expected > options.max_step_seconds:
+                    reasons[name] = f"skipped: a step in {options.dtype} would take about {expected:.0f} s on this CPU"
+                    continue
+            steps[name] = make_step(model, ids)
+        except Exception as error:  # a rival that fails is a row with its reason, whatever it raises
+            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    # Peak memory takes a load and three steps for each provider; leave it its share of the time.
+    seconds = 0.7 * (options.budget_seconds - (time.perf_counter() - start))
+    with tqdm(desc="step time, in turn", unit="round", file=sys.stderr, leave=False) as bar:
+
+        def on_round(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        timings = harness.interleave(
+            steps,
+            seconds=seconds,
+            min_rounds=3,
+            max_rounds=15,
+            clock=harness.cuda_clock if device.type == "cuda" else harness.cpu_clock,
+            on_round=on_round,
+        )
+    steps.clear()
+    gc.collect()
+    provenance = harness.provenance(device)
+    rows = []
+    for name in tqdm(options.providers, desc="peak memory", unit="provider", file=sys.stderr, leave=False):
+        timing, memory = timings.get(name), None
+        if timing is not None:
+            memory, why = memory_in_a_process_of_its_own(name, options)
+            if why:
+                reasons[name] = f"peak memory: {why}"
+        floor = timings.get("frozen")
+        row = {
+            "bench": "model_step",
+            "provider": name,
+            "dtype": options.dtype,
+            "factor_dtype": {"frozen": None, "peft_bf16": options.dtype}.get(name, "fp32"),
+            "model": options.model_name or options.model.name,
+            "tokens": options.tokens,
+            "sequence": options.sequence,
+            "r": options.rank,
+            "median_s": timing.median_s if timing else None,
+            "p20_s": timing.p20_s if timing else None,
+            "p80_s": timing.p80_s if timing else None,
+            "n": timing.n if timing else 0,
+            "ratio_to_frozen": timing.median_s / floor.median_s if timing and floor else None,
+            "peak_memory_mb": memory,
+            "status": "ok" if timing else ("skipped" if reasons[name].startswith("skipped") else "failed"),
+            "reason": reasons.get(name),
+            **provenance,
+        }
+        rows.append(harness.checked(row, FIELDS))
+    return rows
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.model_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder with config.json, model.safetensors")
+    parser.add_argument("--model-name", help="the name that the results carry (default: the folder's)")
+    parser.add_argument("--adapter", type=Path, help="a saved svdkern adapter of that model, instead of a new one")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if harness.bf16_hardware() else "fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of one step")
+    parser.add_argument("--sequence", type=int, default=256, help="tokens of one sequence")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--budget-seconds", type=float, default=120.0, help="about how long all of it may take")
+    parser.add_argument("--max-step-seconds", type=float, default=60.0, help="a provider with slower steps is skipped")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
+    parser.add_argument("--out", type=Path, help="result file (default: bench/results/<machine>/model_step.jsonl)")
+    parser.add_argument("--memory-of", choices=PROVIDERS, help="three steps of one provider, then its peak memory")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    transformers_logging.set_verbosity_error()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.memory_of:
+        device = torch.device(options.device)
+        model = adapted(options.memory_of, options.model, DTYPES[options.dtype], device, options.adapter, options.rank)
+        step = make_step(model, make_ids(model, options.tokens, options.sequence, device))
+        for i in range(3):
+            step(i)
+        print(json.dumps({"provider": options.memory_of, "peak_memory_mb": peak_memory_mb(device)}))
+        return 0
+    rows = compare(options)
+    path = options.out or harness.RESULTS / harness.machine_id(rows[0]) / "model_step.jsonl"
+    harness.write_atomically(path, harness.to_jsonl(rows))
+    for row in rows:
+        seconds, ratio, peak = row["median_s"], row["ratio_to_frozen"], row["peak_memory_mb"]
+        parts = [f"{seconds * 1e3:.0f} ms" if seconds else "–", f"{ratio:.3f} × frozen" if ratio else "–"]
+        parts += [f"peak {peak:.0f} MB" if peak else "–"] + ([row["reason"]] if row["reason"] else [])
+        print(f"{row['provider']:13} {', '.join(parts)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+// The launchers of the torch-free kernels and the plain structs that they take. csrc/ops.cpp fills these from tensors;
+// the tests fill them from numpy arrays. Nothing here allocates, checks or knows PyTorch.
+#pragma once
+
+#include <cstdint>
+
+namespace svdkern {
+
+enum class DType : int32_t { f32, bf16, f16, f64 };
+
+// A strided 2-D operand; strides count elements and may be any 64-bit value. data == nullptr: not given.
+struct Matrix {
+  const void* data = nullptr;
+  int64_t rows = 0, cols = 0;
+  int64_t row_stride = 0, col_stride = 0;
+  DType dtype = DType::f32;
+};
+
+struct MutableMatrix {
+  void* data = nullptr;
+  int64_t rows = 0, cols = 0;
+  int64_t row_stride = 0, col_stride = 0;
+  DType dtype = DType::f32;
+};
+
+struct Vector {
+  const void* data = nullptr;
+  int64_t size = 0, stride = 0;
+  DType dtype = DType::f32;
+};
+
+struct MutableVector {
+  void* data = nullptr;
+  int64_t size = 0;
+  DType dtype = DType::f32;
+};
+
+// The mask D of a (rows, cols) matrix: philox.h. threshold 0: D == 1, nothing is drawn. 0 <= threshold < 65536.
+struct Dropout {
+  uint64_t seed = 0, offset = 0;
+  uint32_t threshold = 0;
+  int64_t row0 = 0;  // row of the stream that row 0 of the matrix is
+};
+
+// Runs body on disjoint ranges that cover [begin, end), each but the last at least `grain` long, possibly at once.
+using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
+
+// h = (D*x) U, z = h sigma | h R | h, y = x W^T + s z V^T + b.      x (M, K), weight (N, K), u (K, r), v (N, r)
+// x and y have unit column stride and one dtype, which weight and bias share; weight has one unit stride.
+struct ForwardParams {
+  Matrix x, weight, u, v, core;
+  Vector sigma, bias;
+  float scale = 1.0f;
+  Dropout dropout;
+  MutableMatrix y;
+  float* h = nullptr;  // (M, r), contiguous
+  ParallelFor parallel_for = nullptr;
+};
+
+// p = dy V, t = s p, q = t sigma | t R^T | t, dx = dy W + D*(q U^T), dU = (D*x)^T q, dV = s dy^T z, dsigma = sum h t,
+// dR = h^T t, db = sum dy, ds = sum p z. An output whose data is null is not computed.
+struct BackwardParams {
+  Matrix dy, x, weight, u, v, core, h;
+  Vector sigma;
+  float scale = 1.0f;
+  Dropout dropout;
+  MutableMatrix dx, du, dv, dcore;
+  MutableVector dsigma, dbias;
+  float* dscale = nullptr;
+  ParallelFor parallel_for = nullptr;
+};
+
+// out = (D*a) f, float32 (M, r), contiguous.                        a (M, L) with unit column stride, f (L, r)
+struct ShrinkParams {
+  Matrix a, f;
+  Dropout dropout;
+  float* out = nullptr;
+  ParallelFor parallel_for = nullptr;
+};
+
+// out = (D*a)^T q, (L, r), any dtype and strides.                   a (M, L) with unit column stride, q (M, r) float32
+struct OuterParams {
+  Matrix a, q;
+  Dropout dropout;
+  MutableMatrix out;
+  ParallelFor parallel_for = nullptr;
+};
+
+// out = D*x, same dtype; both with unit column stride.
+struct DropoutParams {
+  Matrix x;
+  Dropout dropout;
+  MutableMatrix out;
+  ParallelFor parallel_for = nullptr;
+};
+
+// out = a w + bias.                                                 a (M, in), w (in, out) with one unit stride
+struct GemvParams {
+  Matrix a, w;
+  Vector bias;
+  MutableMatrix out;
+  ParallelFor parallel_for = nullptr;
+};
+
+// out = weight - sum_i v_i (s sigma_i u_i)^T, in fp64 and in one fixed order: residual.cpp.
+struct ResidualParams {
+  Matrix weight, u, v;
+  Vector sigma;
+  double scale = 1.0;
+  MutableMatrix out;
+  ParallelFor parallel_for = nullptr;
+};
+
+// One instruction set's kernels. Results do not depend on how parallel_for splits the work.
+struct Kernels {
+  const char* name;
+  void (*forward)(const ForwardParams&);
+  void (*backward)(const BackwardParams&);
+  void (*shrink)(const ShrinkParams&);
+  void (*outer)(const OuterParams&);
+  void (*dropout)(const DropoutParams&);
+  void (*gemv)(const GemvParams&);
+  void (*philox_bits)(uint64_t seed, uint64_t offset, int64_t row, int64_t octet0, int64_t octets, uint16_t* bits);
+};
+
+// Every instruction set compiled in, best first; `available` says whether this CPU (and its OS) runs it.
+struct Isa {
+  const Kernels* kernels;
+  bool available;
+};
+constexpr int max_isas = 4;
+int list_isas(Isa (&isas)[max_isas]);
+
+// The kernels named `forced`, or the best available where forced is null or empty; null where that one cannot run.
+const Kernels* select_kernels(const char* forced);
+
+// Same bits on every instruction set and device; weight f32, bf16, f16 or f64.
+void residual(const ResidualParams&);
+
+}  // namespace svdkern

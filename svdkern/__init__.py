@@ -1,0 +1,31 @@
+"""svdkern: linear layers with SVD adapters, ``y = x W^T + s ((x U) * sigma) V^T + b``, as one operation.
+
+svd_linear                    the function
+SVDLinear                     the module, a drop-in for ``nn.Linear``
+adapt                         puts SVDLinear into a model, by method and rank
+merge, unmerge                folds the adapters into the weights, and back to the same bits
+save_adapter, load_adapter    the adapter as a directory; loading rebuilds the same bits, without an SVD
+regularization                the method's own penalty on the factors
+linalg                        factors of a weight, exact residuals
+"""
+
+from svdkern import linalg
+from svdkern.checkpoint import load_adapter, save_adapter
+from svdkern.functional import svd_linear
+from svdkern.model import adapt, merge, regularization, unmerge
+from svdkern.nn import SVDLinear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SVDLinear",
+    "__version__",
+    "adapt",
+    "linalg",
+    "load_adapter",
+    "merge",
+    "regularization",
+    "save_adapter",
+    "svd_linear",
+    "unmerge",
+]

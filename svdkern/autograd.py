@@ -1,0 +1,133 @@
+"""The autograd functions: what is saved for the backward, and which gradients are computed.
+
+``SVDLinearFunction`` is the hot path: a ctx-style ``torch.autograd.Function`` that calls the chosen backend directly.
+``OperatorFunction`` does the same through the two public operators, where a compiler traces or a ``torch.func`` transform is
+active (those need ``setup_context``, which costs 40 us a call more).
+
+Saved: x only if the gradient of u or weight is wanted; h (M, r) only if one of v, sigma, scale, core, gate is; the factors and
+the weight by reference. Nothing of shape (M, N) or (K, N) is ever kept or allocated.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdkern import ops
+from svdkern.backends.formula import Backend, Gradients
+
+_ONCE = (
+    "svd_linear is differentiable once: its backward is one fused operation that has no derivative of its own. "
+    "For second derivatives write the layer as a plain expression (the 'Equivalent to' of svd_linear's docstring)."
+)
+
+
+def _saved(want: Gradients, x: Tensor, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    keeps_x = want.u or want.weight
+    keeps_h = want.v or want.sigma or want.scale or want.core or want.gate
+    return (x if keeps_x else None), (h if keeps_h else None)
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is enabled for this device type; False for a device that has none (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(device: str) -> Any:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+class SVDLinearFunction(torch.autograd.Function):
+    """apply(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate) -> y."""
+
+    @staticmethod
+    def forward(ctx, backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate):  # type: ignore[no-untyped-def,override]
+        y, h = run_forward(backend, x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
+        want = Gradients._make(ctx.needs_input_grad[4:])
+        kept_x, kept_h = _saved(want, x, h)
+        ctx.save_for_backward(kept_x, weight if want.x or want.weight else None, u, sigma, v, scale, core, gate, index, kept_h, rng_state)
+        ctx.rest = backend, threshold, want
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
+        backend, threshold, want = ctx.rest
+        x, weight, u, sigma, v, scale, core, gate, index, h, rng_state = ctx.saved_tensors
+        twice = torch.is_grad_enabled()
+        if twice or autocast_is_on(dy.device.type):
+            with torch.no_grad(), _without_autocast(dy.device.type):
+                gradients = backend.backward(
+                    dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want
+                )
+            if twice:
+                gradients = _not_twice(gradients)
+        else:
+            gradients = backend.backward(
+                dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want
+            )
+        return None, None, None, None, *gradients
+
+
+def _not_twice(gradients: Gradients) -> tuple[Tensor | None, ...]:
+    """The same gradients, with an error as their derivative."""
+    present = [g.detach().requires_grad_() for g in gradients if isinstance(g, Tensor)]
+    refused = iter(torch._C._functions.DelayedError(_ONCE, len(present))(*present)) if present else iter(())
+    return tuple(next(refused) if isinstance(g, Tensor) else None for g in gradients)
+
+
+def run_forward(
+    backend: Backend,
+    x: Tensor,
+    weight: Tensor | None,
+    u: Tensor,
+    sigma: Tensor | None,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    core: Tensor | None,
+    gate: Tensor | None,
+    index: Tensor | None,
+    rng_state: Tensor | None,
+    threshold: int,
+) -> tuple[Tensor, Tensor]:
+    """The backend's forward with autocast off: the dtypes are decided before, once."""
+    if autocast_is_on(x.device.type):
+        with _without_autocast(x.device.type):
+            return backend.forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
+    return backend.forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
+
+
+class OperatorFunction(torch.autograd.Function):
+    """apply(backend name, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate) -> (y, h)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate):  # type: ignore[no-untyped-def,override]
+        return ops.svd_linear_forward(
+            x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def,override]
+        backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate = inputs
+        _, h = output
+        ctx.mark_non_differentiable(h)
+        want = Gradients._make(ctx.needs_input_grad[4:])
+        kept_x, kept_h = _saved(want, x, h)
+        ctx.save_for_backward(kept_x, weight, u, sigma, v, scale, core, gate, index, kept_h, rng_state)
+        ctx.rest = backend, threshold, want
+
+    @staticmethod
+    def backward(ctx, dy, _dh):  # type: ignore[no-untyped-def,override]
+        backend, threshold, want = ctx.rest
+        x, weight, u, sigma, v, scale, core, gate, index, h, rng_state = ctx.saved_tensors
+        found = iter(
+            ops.svd_linear_backward(
+                dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, list(want)
+            )
+        )
+        return None, None, None, None, *(next(found) if wanted else None for wanted in want)

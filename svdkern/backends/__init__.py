@@ -1,0 +1,11 @@
+"""Backends: the objects that compute one SVD-adapted linear, forward and backward.
+
+Layer: below ``svdkern.autograd``; imports nothing of svdkern but itself and the compiled extension.
+
+``formula``   the one formula, composed of three primitives
+``eager``     the three primitives in plain PyTorch: the reference, on every device
+``cpu``       the three primitives (and whole small-batch calls) in C++, with ATen where ATen is faster
+``dispatch``  which of them a call takes
+``philox``    the dropout stream, the same bits on every backend
+``extension`` loading the compiled extension, and saying why it is not there
+"""

@@ -1,0 +1,61 @@
+"""The eager backend: the three primitives in plain PyTorch, on every device and dtype that PyTorch has.
+
+It is the reference that the other backends are tested against, and what runs where none of them can.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdkern.backends.formula import Backend, accumulator_dtype
+from svdkern.backends.philox import dropped
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class EagerBackend(Backend):
+    """Primitives as PyTorch expressions; factors are cast to the activations' dtype, activations never."""
+
+    name = "eager"
+
+    def shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
+        if threshold:
+            assert rng_state is not None
+            a = dropped(a, rng_state, threshold)
+        return torch.mm(a, factor.to(a.dtype)).to(accumulator_dtype(a.dtype))
+
+    def linear(
+        self,
+        a: Tensor,
+        w: Tensor | None,
+        z: Tensor | None,
+        factor: Tensor,
+        bias: Tensor | None,
+        rng_state: Tensor | None,
+        threshold: int,
+    ) -> Tensor:
+        if w is None:
+            y = a.new_zeros(a.shape[0], factor.shape[0])
+            if bias is not None:
+                y += bias
+        elif bias is None:
+            y = torch.mm(a, w.to(a.dtype))
+        else:
+            y = torch.addmm(bias, a, w.to(a.dtype))
+        if z is None:
+            return y
+        z, transposed = z.to(a.dtype), factor.to(a.dtype).t()
+        if not threshold:
+            return y.addmm_(z, transposed)
+        assert rng_state is not None
+        return y.add_(dropped(torch.mm(z, transposed), rng_state, threshold))
+
+    def outer(self, a: Tensor, q: Tensor, like: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
+        if threshold:
+            assert rng_state is not None
+            a = dropped(a, rng_state, threshold)
+        # q^T a, not a^T q: the short matrix first is up to twice as fast in the BLAS libraries of CPUs
+        if a.is_cuda and a.dtype in _HALF and like.dtype == torch.float32:
+            return torch.mm(q.to(a.dtype).t(), a, out_dtype=torch.float32).t()
+        return torch.mm(q.to(a.dtype).t(), a).t().to(like.dtype)

@@ -1,0 +1,347 @@
+"""``save_adapter`` and ``load_adapter``: a trained adapter as a directory of two files.
+
+``adapter.safetensors``   the factors ``<module path>.{u,sigma,core,v}`` and, for methods that change the residual, the
+                          initial ones ``{u0,sigma0,v0}``, each in its own dtype
+``adapter_config.json``   format_version; for each layer its method, rank, scale, shape, dtypes, and the SHA-256 of the
+                          weight that it belongs to; which modules and tensors are one and the same; the SHA-256 of
+                          the tensor file
+
+Base weights are not in it. Loading computes ``W_res = W - initial product`` again, to the same bits
+(``exact_residual``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from svdkern.adapter_file import (
+    CONFIG,
+    FORMAT_VERSION,
+    INITIAL,
+    TENSORS,
+    TRAINED,
+    AdapterFile,
+    Row,
+    dtype_name,
+    key_of,
+    read_adapter,
+)
+from svdkern.directory import replace_directory
+from svdkern.fingerprint import sha256
+from svdkern.initialisation import check_linear
+from svdkern.methods import Factors
+from svdkern.model import adapted_layers, freeze, interrupts_held_back, replace, with_progress
+from svdkern.nn import Initial, SVDLinear
+from svdkern.report import AdaptReport, report_on
+from svdkern.targets import Target
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapter of ``model`` to the directory ``path``, which is replaced as one.
+
+    A process that is killed at any moment leaves the old adapter or the new one, whole. A merged model is saved in its
+    unmerged form. Parameters outside the factors are not saved; those that require grad are named in a warning.
+
+    Args:
+        model: with adapted layers; a ``torch.compile``d or DataParallel wrapper is looked through.
+        path: a new or empty directory, or one with an earlier adapter and nothing else.
+
+    Raises:
+        ValueError: no adapted layer; path holds other files; a layer is on the meta device, or its residual is no
+            longer what its initial factors and its original weight give, so that a load could not rebuild it.
+        RuntimeError: a layer was merged with ``keep=False``.
+        OSError: the files cannot be written; what was at path is untouched.
+    """
+    model = unwrapped(model)
+    layers = dict(adapted_layers(model))
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no adapted layer to save")
+    tensors: dict[str, Tensor] = {}
+    seen: dict[int, tuple[str, Tensor]] = {}
+    tied_tensors: dict[str, str] = {}
+    rows = {}
+    for name, layer in layers.items():
+        rows[name] = _row(name, layer)
+        for attribute in TRAINED + INITIAL:
+            tensor = getattr(layer, attribute)
+            if tensor is None:
+                continue
+            first, _ = seen.setdefault(id(tensor), (key_of(name, attribute), tensor))
+            if first != key_of(name, attribute):
+                tied_tensors[key_of(name, attribute)] = first
+            else:  # a copy of its own: no storage behind a view, no strides
+                tensors[first] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    _warn_of_unsaved(model, layers)
+    config: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "svdkern_version": _version(),
+        "layers": rows,
+        "tied_modules": _tied_modules(model, layers),
+        "tied_tensors": tied_tensors,
+    }
+
+    data = safetensors.torch.save(tensors)
+    config["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+
+    def build(folder: Path) -> None:
+        (folder / TENSORS).write_bytes(data)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    replace_directory(Path(path), build, (TENSORS, CONFIG))
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | None = None) -> AdaptReport:
+    """Put a saved adapter on a fresh base model, or its factors into a model that is adapted in the same way already.
+
+    Everything is verified before anything is changed: the files against each other, every key, shape and dtype, the
+    SHA-256 of every base weight, and of every rebuilt residual. No decomposition is run, no random number drawn; the
+    residuals get the bits that they had when the adapter was saved.
+
+    Args:
+        model: the model that the adapter was made on, unadapted, in the dtype that it was adapted in (cast it
+            afterwards); or adapted with the same method and ranks from the same initial factors.
+        path: directory written by ``save_adapter``.
+        progress: as in ``svdkern.adapt``.
+
+    Returns:
+        The report, as ``adapt`` gives it. On a fresh model everything but the factors is frozen, as ``adapt`` does.
+
+    Raises:
+        ValueError: the files are broken, or do not belong to this model; the message names the path. The model is
+            unchanged.
+        RuntimeError: a layer to refresh is merged.
+    """
+    file = read_adapter(Path(path))
+    model = unwrapped(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in [*file.rows, *file.tied_modules]:
+        if name not in modules:
+            raise ValueError(f"{path}: the model has no module {name!r}")
+    adapted = [name for name in file.rows if isinstance(modules[name], SVDLinear)]
+    others = [name for name, _ in adapted_layers(model) if name not in file.rows] if adapted else []
+    if others:
+        raise ValueError(f"{path}: the model has adapted layers that the file has not: {', '.join(others[:3])}")
+    targets = _targets(file, modules, adapted)
+    for target in with_progress(targets, "verifying the adapter", progress):
+        row = file.rows[target.name]
+        try:
+            _verify_base(target, row, modules, file)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {target.name}: {error}") from error
+    for name in adapted:
+        layer = modules[name]
+        assert isinstance(layer, SVDLinear)
+        try:
+            _verify_adapted(layer, file, name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from error
+
+    def replacement(target: Target, row: Row) -> SVDLinear:
+        assert isinstance(target.module, nn.Linear)
+        hashes = bytes.fromhex(row.base_sha256), bytes.fromhex(row.residual_sha256)
+        device = target.module.weight.device
+        u, sigma, core, v = (file.tensor(target.name, attribute, device) for attribute in TRAINED)
+        assert u is not None and v is not None
+        factors = Factors(u, sigma, core, v)
+        initial = _initial(file, target.name, device)
+        return SVDLinear.from_factors(
+            target.module, row.method, factors, row.scale, row.dropout_p,
+            initial=initial, residual_dtype=row.residual_dtype, hashes=hashes,
+        )  # fmt: skip
+
+    with interrupts_held_back():
+        for name in adapted:
+            layer = modules[name]
+            assert isinstance(layer, SVDLinear)
+            _refresh(layer, file, name)
+        if targets:
+            prepared = [(target, file.rows[target.name]) for target in targets]
+            del modules, targets, target  # they would keep every old weight alive
+            layers = replace(prepared, replacement)
+            _tie_factors(layers, file)
+            freeze(model)
+    return report_on(
+        model, {name: layer for name, layer in adapted_layers(model) if name in file.rows or name in file.tied_modules}
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's model behind torch.compile and (Distributed)DataParallel."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _row(name: str, layer: SVDLinear) -> dict[str, Any]:
+    residual = layer.unmerged_residual
+    if residual.is_meta or layer.u.is_meta:
+        raise ValueError(f"{name} is on the meta device: there is nothing to save")
+    fingerprint = sha256(residual).hex()
+    base, initial = fingerprint, layer.initial
+    if layer.fingerprint is not None:
+        base, expected = (bytes(row).hex() for row in layer.fingerprint.tolist())
+        if fingerprint != expected:
+            raise ValueError(
+                f"{name}: the residual ({dtype_name(residual.dtype)}) is not the one that was computed from the "
+                f"original weight ({dtype_name(layer.base_dtype)}), nor that one cast once: it was written to, or cast "
+                "more than once. An adapter file could not bring it back; save the model's state_dict instead"
+            )
+    return {
+        "method": layer.method,
+        "method_config": asdict(layer.config),
+        "rank": layer.rank,
+        "scale": float(layer.scale),
+        "initial_scale": initial.scale if initial else None,
+        "dropout_p": layer.dropout_p,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "base_dtype": dtype_name(layer.base_dtype if layer.fingerprint is not None else residual.dtype),
+        "residual_dtype": dtype_name(residual.dtype),
+        "base_sha256": base,
+        "residual_sha256": fingerprint,
+        "dtypes": {a: dtype_name(t.dtype) for a in TRAINED + INITIAL if (t := getattr(layer, a)) is not None},
+    }
+
+
+def _tied_modules(model: nn.Module, layers: dict[str, SVDLinear]) -> dict[str, str]:
+    first = {id(layer): name for name, layer in layers.items()}
+    return {
+        name: first[id(module)]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in first and name != first[id(module)]
+    }
+
+
+def _warn_of_unsaved(model: nn.Module, layers: dict[str, SVDLinear]) -> None:
+    saved = {id(getattr(layer, attribute)) for layer in layers.values() for attribute in TRAINED}
+    unsaved = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    if unsaved:
+        shown = ", ".join(unsaved[:3]) + (f" and {len(unsaved) - 3} more" if len(unsaved) > 3 else "")
+        warnings.warn(
+            f"save_adapter saves factors only; these parameters train and are not saved: {shown}", stacklevel=3
+        )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("svdkern")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _targets(file: AdapterFile, modules: dict[str, nn.Module], adapted: list[str]) -> list[Target]:
+    """The modules to replace: one target a layer of the file, with every place that is to hold that layer."""
+    names: dict[str, list[str]] = {name: [name] for name in file.rows if name not in adapted}
+    for alias, name in file.tied_modules.items():
+        if name in names:
+            names[name].append(alias)
+    owner: dict[int, str] = {}
+    for name, group in names.items():
+        for member in group:
+            other = owner.setdefault(id(modules[member]), name)
+            if other != name:
+                raise ValueError(
+                    f"{file.path}: the model uses one module as {other} and {name}, which the file adapts separately"
+                )
+    targets = {name: Target(modules[name], group) for name, group in names.items()}
+    for place, module in modules.items():
+        owned_by = owner.get(id(module))
+        if owned_by is None:
+            continue
+        if not place:
+            raise ValueError(
+                f"{file.path}: the model itself is a {type(module).__name__}, which cannot be replaced in place"
+            )
+        parent, _, attribute = place.rpartition(".")
+        targets[owned_by].places.append((modules[parent], attribute))
+    return list(targets.values())
+
+
+def _verify_base(target: Target, row: Row, modules: dict[str, nn.Module], file: AdapterFile) -> None:
+    for module in {id(modules[name]): modules[name] for name in target.names}.values():
+        check_linear(module, max(1, row.rank), row.method, row.scale, row.dropout_p, torch.float32)
+        assert isinstance(module, nn.Linear)
+        if (module.in_features, module.out_features) != (row.in_features, row.out_features):
+            has, wants = (module.in_features, module.out_features), (row.in_features, row.out_features)
+            raise ValueError(f"(in_features, out_features) is {has}, the adapter was made for {wants}")
+        weight = module.weight.detach()
+        if weight.is_meta:
+            raise ValueError("the weight is on the meta device: load the model's weights first")
+        if weight.dtype != row.base_dtype:
+            has_dtype, wants_dtype = dtype_name(weight.dtype), dtype_name(row.base_dtype)
+            raise ValueError(
+                f"the weight is {has_dtype}, the adapter was made on {wants_dtype}: load the model in that, "
+                "cast it afterwards"
+            )
+        if (found := sha256(weight).hex()) != row.base_sha256:
+            raise ValueError(
+                "the weight is not the one the adapter was made on "
+                f"(SHA-256 {found[:12]}…, expected {row.base_sha256[:12]}…)"
+            )
+    initial = _initial(file, target.name, weight.device)
+    if initial is None:
+        return
+    residual = row.method.residual(weight, Factors(initial.u, initial.sigma, None, initial.v), initial.scale)
+    if sha256(residual.to(row.residual_dtype)).hex() != row.residual_sha256:
+        raise ValueError("the rebuilt residual differs from the saved one (is torch.set_flush_denormal on?)")
+
+
+def _initial(file: AdapterFile, name: str, device: torch.device) -> Initial | None:
+    scale = file.rows[name].initial_scale
+    if scale is None:
+        return None
+    u, sigma, v = (file.tensor(name, attribute, device) for attribute in INITIAL)
+    assert u is not None and v is not None
+    return Initial(u, sigma, v, scale)
+
+
+def _verify_adapted(layer: SVDLinear, file: AdapterFile, name: str) -> None:
+    row = file.rows[name]
+    if layer.merged:
+        raise RuntimeError(f"{name} is merged: unmerge the model before loading factors into it")
+    if layer.config != row.method:
+        raise ValueError(f"the layer's method is {layer.config}, the adapter's {row.method}")
+    for attribute in TRAINED:
+        has, wants = _described(getattr(layer, attribute)), _described(file.tensors.get(file.key(name, attribute)))
+        if has != wants:
+            raise ValueError(f"{attribute} is {has} in the model and {wants} in the file")
+    if sha256(layer.residual).hex() != row.residual_sha256:
+        raise ValueError(
+            "the layer's residual is another one (another base, or other initial factors): load onto a fresh base model"
+        )
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
+
+
+@torch.no_grad()
+def _refresh(layer: SVDLinear, file: AdapterFile, name: str) -> None:
+    for attribute in TRAINED:
+        tensor = getattr(layer, attribute)
+        if tensor is not None:
+            tensor.copy_(file.tensors[file.key(name, attribute)])
+    layer.scale = file.rows[name].scale  # type: ignore[assignment]
+    layer.dropout_p = file.rows[name].dropout_p
+
+
+def _tie_factors(layers: dict[str, SVDLinear], file: AdapterFile) -> None:
+    for alias, first in file.tied_tensors.items():
+        (name, _, attribute), (first_name, _, first_attribute) = alias.rpartition("."), first.rpartition(".")
+        if attribute in TRAINED and name in layers and first_name in layers:
+            setattr(layers[name], attribute, getattr(layers[first_name], first_attribute))

@@ -1,0 +1,64 @@
+"""Before an ``nn.Linear`` is adapted: is it one that can be, and which factors does it start with.
+
+Layer: above ``methods``, below ``nn``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from svdkern.methods import Factors, Method
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def scale_of(alpha: float | None, rank: int) -> float:
+    """s = alpha / rank as the layer stores it (a float32 value), 1 without alpha."""
+    if alpha is None or rank == 0:
+        return 1.0
+    return float(torch.tensor(alpha / rank, dtype=torch.float32, device="cpu"))
+
+
+def initial_factors(linear: nn.Linear, rank: int, config: Method, scale: float, dtype: torch.dtype) -> Factors:
+    """The method's factors for this layer; on the meta device only their shapes."""
+    if linear.weight.is_meta or rank == 0:
+        return config.empty_factors(linear.weight.detach(), rank, dtype)
+    factors = config.factors(linear.weight.detach(), rank, scale, dtype)
+    for name, factor in factors._asdict().items():
+        if factor is not None and not bool(factor.isfinite().all()):
+            raise ValueError(f"initial {name} is not finite in {dtype}: its values need a wider adapter_dtype")
+    return factors
+
+
+def check_linear(
+    linear: nn.Module, rank: int, config: Method, scale: float, dropout_p: float, adapter_dtype: torch.dtype
+) -> None:
+    """Everything that can be known to be wrong before a layer is adapted: TypeError or ValueError."""
+    if not isinstance(linear, nn.Linear):
+        kind = type(linear)
+        if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers"):
+            raise TypeError("transformers' Conv1D (a linear layer with a transposed weight) is not supported yet")
+        raise TypeError(f"is of type {kind.__name__}, expected nn.Linear")
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        raise TypeError(f"{type(linear).__name__} has a forward of its own, which an SVDLinear would not call")
+    weight = linear.weight
+    if type(weight) not in (nn.Parameter, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}, expected a plain tensor")
+    if weight.dtype not in _FLOATS:
+        raise TypeError(f"weight is {weight.dtype}, expected float32, bfloat16, float16 or float64")
+    if adapter_dtype not in _FLOATS:
+        raise TypeError(f"adapter_dtype is {adapter_dtype}, expected float32, bfloat16, float16 or float64")
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank is {rank!r}, expected an int")
+    largest = min(linear.in_features, linear.out_features)
+    if not 1 <= rank <= largest:
+        shape = f"in_features {linear.in_features}, out_features {linear.out_features}"
+        raise ValueError(f"rank is {rank}, expected 1 <= rank <= {largest} ({shape})")
+    config.check_scale(scale)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p <= 1")
+    if not weight.is_meta:
+        low, high = weight.detach().aminmax()
+        if not bool(low.isfinite() & high.isfinite()):
+            raise ValueError("weight has a NaN or an infinity")

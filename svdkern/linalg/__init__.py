@@ -1,0 +1,12 @@
+"""The linear algebra behind initialisation, merging and the methods' penalties.
+
+Layer: above the backends, below ``methods``. Everything here runs outside autograd and autocast, except
+``orth_penalty``, which is differentiable.
+"""
+
+from svdkern.linalg.factors import factors
+from svdkern.linalg.merged import merged_weight
+from svdkern.linalg.orthogonality import orth_penalty
+from svdkern.linalg.residual import exact_residual
+
+__all__ = ["exact_residual", "factors", "merged_weight", "orth_penalty"]

@@ -1,0 +1,35 @@
+"""One file for each published method, and the list of them.
+
+To add a method: a file with a frozen dataclass derived from ``Method``, and its class in ``METHODS``.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from svdkern.methods.lora import LoRA
+from svdkern.methods.method import Factors, Method
+from svdkern.methods.pissa import PiSSA
+from svdkern.methods.sorsa import SORSA
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, PiSSA, SORSA)}
+
+__all__ = ["METHODS", "Factors", "LoRA", "Method", "PiSSA", "SORSA", "method_named"]
+
+
+def method_named(method: str | Method) -> Method:
+    """The configuration for a name (with the published defaults), or the configuration itself.
+
+    Raises:
+        ValueError: no method has this name; the message lists them, the nearest first.
+        TypeError: neither a name nor a method.
+    """
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method is {type(method).__name__}, expected a name ({', '.join(METHODS)}) or a Method")
+    found = METHODS.get(method.lower())
+    if found is None:
+        near = difflib.get_close_matches(method.lower(), METHODS, len(METHODS), 0.0)
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(near)}")
+    return found()

@@ -1,0 +1,387 @@
+"""``SVDLinear``: a linear layer whose weight is a frozen residual plus a trained low-rank product.
+
+Layer: above ``methods`` and ``functional``, below ``model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from svdkern.fingerprint import sha256
+from svdkern.functional import svd_linear
+from svdkern.initialisation import check_linear, initial_factors, scale_of
+from svdkern.linalg import merged_weight
+from svdkern.linalg.precision import without_autocast
+from svdkern.methods import Factors, Method, method_named
+
+_READ_ONLY = (
+    "weight of an SVDLinear is computed from its residual and factors and cannot be assigned: assign to residual, u, "
+    "sigma or v, or merge() the layer and assign to residual"
+)
+_NO_COPY = (
+    "the layer was merged with keep=False: the unmerged residual is gone, so {what} is not possible. "
+    "Merge with keep=True, or save the adapter before merging"
+)
+
+
+class Initial(NamedTuple):
+    """The factors that were cut out of the original weight, and the scale they were cut out with."""
+
+    u: Tensor
+    sigma: Tensor | None
+    v: Tensor
+    scale: float
+
+
+class SVDLinear(nn.Module):
+    r"""A drop-in for ``nn.Linear`` with a low-rank adapter: ``y = x W_res + s ((x U) * sigma) V^T + b``.
+
+    ``SVDLinear.from_linear`` makes one of an existing layer; ``svdkern.adapt`` does so for a whole model. This
+    constructor makes what ``from_linear(nn.Linear(in_features, out_features, bias), rank, method)`` would; on
+    ``device="meta"`` only the shapes, to load a state_dict into.
+
+    Parameters: ``residual`` (N, K), frozen; ``u`` (K, r) on the input side; ``sigma`` (r,) or None; ``core`` (r, r) or
+    None; ``v`` (N, r) on the output side; ``bias`` (N,) or None, frozen. Buffers: ``scale`` (0-d float32, not in the
+    state_dict; ``layer.scale = 2.0`` writes into it); for methods that change the residual also ``u0, sigma0, v0,
+    scale0`` (the initial factors, from which a saved adapter rebuilds the residual) and ``fingerprint`` (SHA-256 of the
+    original weight and of the residual). Casting the module casts the parameters, never these buffers.
+
+    ``weight`` is the *effective* weight, computed when it is read, differentiable in the factors.
+
+    Equivalent to::
+
+        layer.weight == layer.residual + layer.scale * layer.v @ torch.diag(layer.sigma) @ layer.u.t()
+        layer(x) == torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+    Args:
+        in_features, out_features: K and N.
+        rank: r, 0 <= r <= min(K, N).
+        bias: whether there is a bias.
+        method: a name ("lora", "pissa", "sorsa") or a configuration of ``svdkern.methods``.
+        alpha: s = alpha / rank; None means s = 1.
+        dropout_p: dropout on the adapter branch's input while training, in [0, 1].
+        device, dtype: of residual and bias.
+        adapter_dtype: of the factors.
+    """
+
+    in_features: int
+    out_features: int
+    config: Method
+    dropout_p: float
+    merged: bool
+    base_dtype: torch.dtype
+    residual: nn.Parameter
+    u: nn.Parameter
+    sigma: nn.Parameter | None
+    core: nn.Parameter | None
+    v: nn.Parameter
+    bias: nn.Parameter | None
+    scale: Tensor
+    kept: Tensor | None
+    u0: Tensor | None
+    sigma0: Tensor | None
+    v0: Tensor | None
+    scale0: Tensor | None
+    fingerprint: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        method: str | Method = "lora",
+        alpha: float | None = None,
+        dropout_p: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        config, scale = method_named(method), scale_of(alpha, rank)
+        if rank != 0:
+            check_linear(linear, rank, config, scale, dropout_p, adapter_dtype)
+        self._fill(linear, config, initial_factors(linear, rank, config, scale, adapter_dtype), scale, dropout_p)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        method: str | Method = "pissa",
+        *,
+        alpha: float | None = None,
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> SVDLinear:
+        """An adapted layer that computes what ``linear`` computes, to the rounding of its weight's dtype.
+
+        ``linear`` is left as it is: its weight is never written to (other modules may share it). For "lora" the
+        residual shares the weight's storage; methods that change the residual make a new tensor. The bias shares its
+        storage.
+
+        Args:
+            linear: an ``nn.Linear`` with a float32, bfloat16, float16 or float64 weight.
+            rank: r, 1 <= r <= min(in_features, out_features).
+            method, alpha, dropout_p, adapter_dtype: as in ``SVDLinear``.
+
+        Raises:
+            TypeError: not a plain ``nn.Linear``, or a weight that is not a plain floating-point tensor.
+            ValueError: rank out of range, a weight with NaN or infinity, an unknown method, a bad alpha or dropout_p.
+        """
+        config, scale = method_named(method), scale_of(alpha, rank)
+        check_linear(linear, rank, config, scale, dropout_p, adapter_dtype)
+        return cls.from_factors(
+            linear, config, initial_factors(linear, rank, config, scale, adapter_dtype), scale, dropout_p
+        )
+
+    @classmethod
+    def from_factors(
+        cls,
+        linear: nn.Linear,
+        config: Method,
+        factors: Factors,
+        scale: float,
+        dropout_p: float,
+        *,
+        initial: Initial | None = None,
+        residual_dtype: torch.dtype | None = None,
+        hashes: tuple[bytes, bytes] | None = None,
+    ) -> SVDLinear:
+        """A layer with these factors on ``linear``'s weight, unchecked; no decomposition is run.
+
+        Args:
+            initial: the factors to cut out of the weight where the method does so (default: ``factors``).
+            residual_dtype: what to cast the residual to (default: weight's dtype).
+            hashes: SHA-256 of weight and residual, where they are known.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._fill(linear, config, factors, scale, dropout_p, initial, residual_dtype, hashes)
+        return layer
+
+    def _fill(
+        self,
+        linear: nn.Linear,
+        config: Method,
+        factors: Factors,
+        scale: float,
+        dropout_p: float,
+        initial: Initial | None = None,
+        residual_dtype: torch.dtype | None = None,
+        hashes: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        weight = linear.weight.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.config, self.dropout_p, self.base_dtype = config, float(dropout_p), weight.dtype
+        self.merged = False
+        self.training = linear.training
+        fingerprint = None
+        residual = weight
+        if config.changes_residual:
+            initial = initial or Initial(factors.u.clone(), _clone(factors.sigma), factors.v.clone(), scale)
+            residual = config.residual(weight, Factors(initial.u, initial.sigma, None, initial.v), initial.scale)
+            fingerprint = torch.zeros(2, 32, dtype=torch.uint8, device=weight.device)
+        residual = residual.to(residual_dtype or residual.dtype)
+        if fingerprint is not None and not weight.is_meta:
+            fingerprint.copy_(torch.stack([_bytes(digest) for digest in hashes or (sha256(weight), sha256(residual))]))
+        self.residual = nn.Parameter(residual, requires_grad=False)
+        for name, factor in factors._asdict().items():
+            self.register_parameter(
+                name, None if factor is None else nn.Parameter(factor, requires_grad=name in config.trains)
+            )
+        self.register_parameter(
+            "bias", None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        )
+        # never on meta: the scale is no state that a state_dict could bring back
+        device = "cpu" if weight.is_meta else weight.device
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("kept", None, persistent=False)
+        self.register_buffer("fingerprint", fingerprint)
+        for name, value in zip(("u0", "sigma0", "v0"), initial[:3] if initial else (None,) * 3, strict=True):
+            self.register_buffer(name, value)
+        scale0 = torch.tensor(initial.scale, dtype=torch.float64, device=weight.device) if initial else None
+        self.register_buffer("scale0", scale0)
+
+    # ----------------------------------------------------------------------------------------------- computation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> y (..., N). While merged: the frozen linear of the merged weight, no gradient for factors."""
+        if self.merged:
+            return self._merged_forward(x)
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        try:  # six attribute lookups through nn.Module.__getattr__ would cost 5 us
+            residual, u, sigma, v = parameters["residual"], parameters["u"], parameters["sigma"], parameters["v"]
+            bias, core, scale = parameters["bias"], parameters["core"], buffers["scale"]
+        except KeyError:  # parametrized, a DataParallel replica, sharded: these keep a tensor as a plain attribute
+            residual, u, sigma, v = self.residual, self.u, self.sigma, self.v
+            bias, core, scale = self.bias, self.core, self.scale
+        dropout_p = self.dropout_p if self.training else 0.0
+        return svd_linear(x, residual, u, sigma, v, bias, scale=scale, core=core, dropout_p=dropout_p)
+
+    def _merged_forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.residual
+        bias: Tensor | None = self.bias
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return F.linear(x, weight, bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight (N, K) in residual's dtype, computed now; differentiable in the factors until merged."""
+        residual = self.residual
+        if self.merged:
+            return residual
+        wide = torch.promote_types(residual.dtype, torch.float32)
+        with without_autocast(residual.device):
+            left = self.v.to(wide) * self.scale
+            if self.core is not None:
+                left = left @ self.core.to(wide).t()
+            elif self.sigma is not None:
+                left = left * self.sigma.to(wide)
+            return torch.addmm(residual.to(wide), left, self.u.to(wide).t()).to(residual.dtype)
+
+    @property
+    def rank(self) -> int:
+        """r, the width of the factors."""
+        return self.u.shape[1]
+
+    @property
+    def method(self) -> str:
+        """Name of the method; ``config`` is its configuration."""
+        return self.config.name
+
+    @property
+    def initial(self) -> Initial | None:
+        """The factors that were cut out of the original weight; None if the residual is that weight."""
+        if self.u0 is None or self.v0 is None or self.scale0 is None:
+            return None
+        return Initial(self.u0, self.sigma0, self.v0, float(self.scale0))
+
+    @property
+    def unmerged_residual(self) -> Tensor:
+        """The residual without the product, merged or not (RuntimeError after ``merge(keep=False)``)."""
+        return self._kept_copy("that") if self.merged else self.residual
+
+    # ------------------------------------------------------------------------------------------------- merging
+
+    def merge(self, keep: bool = True) -> None:
+        """Put the effective weight in residual's place; does nothing on a merged layer.
+
+        The sum is made in float64 and rounded once; no dropout, no random numbers. With ``keep`` the unmerged residual
+        stays in memory (as much again as the weight), so that ``unmerge`` restores its exact bits; without it,
+        ``unmerge``, ``state_dict`` and saving raise. A tensor that another module shares is not written to. Changes of
+        the factors or of the scale of a merged layer take effect when it is unmerged.
+        """
+        if self.merged:
+            return
+        residual = self.residual
+        merged = merged_weight(residual, self.u, self.sigma, self.v, self.scale, self.core)
+        parameter = nn.Parameter(merged, requires_grad=residual.requires_grad)
+        # A new parameter, not new data in the old one: a graph that saved the old one must still see the old values.
+        self._buffers["kept"] = residual if keep else None
+        self.residual = parameter
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Restore the residual's exact bits; does nothing on a layer that is not merged.
+
+        Raises:
+            RuntimeError: the layer was merged with ``keep=False``.
+        """
+        if not self.merged:
+            return
+        kept = self._kept_copy("unmerge")
+        if not isinstance(kept, nn.Parameter):  # a cast or a move has made a plain tensor of it
+            kept = nn.Parameter(kept, requires_grad=self.residual.requires_grad)
+        self.merged = False
+        self.residual = kept
+        self._buffers["kept"] = None
+
+    def _kept_copy(self, what: str) -> Tensor:
+        if self.kept is None:
+            raise RuntimeError(_NO_COPY.format(what=what))
+        return self.kept
+
+    # --------------------------------------------------------------------------------------------------- state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        kept = self._kept_copy("state_dict") if self.merged else None
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if kept is not None:
+            destination[prefix + "residual"] = kept if keep_vars else kept.detach()
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """A state_dict is unmerged, so the layer is unmerged by loading one."""
+        if self.merged and self.kept is None and prefix + "residual" in state_dict:
+            self.merged = False  # what was dropped comes back with the state_dict
+        elif self.merged:
+            self.unmerge()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVDLinear:
+        old = (
+            self.unmerged_residual.detach()
+            if self.fingerprint is not None and (not self.merged or self.kept is not None)
+            else None
+        )
+        before = {name: self._buffers[name] for name in ("scale", "u0", "sigma0", "v0", "scale0")}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is None or after is None or after is buffer:
+                continue
+            if name == "scale":  # keeps its value through to_empty and never goes to meta
+                self._buffers[name] = buffer if after.is_meta else buffer.to(after.device)
+            elif after.dtype != buffer.dtype:  # rounded initial factors would rebuild another residual
+                self._buffers[name] = buffer.to(after.device)
+        if old is not None:
+            self._recast_fingerprint(old, self.unmerged_residual.detach())
+        return self
+
+    def _recast_fingerprint(self, old: Tensor, new: Tensor) -> None:
+        """Follow a cast of the residual from the dtype it was computed in, which loading an adapter can repeat.
+
+        A residual that differs from its fingerprint for another reason keeps differing from it: saving refuses it.
+        """
+        if new.dtype == old.dtype or old.dtype != self.base_dtype or old.is_meta or new.is_meta:
+            return
+        assert self.fingerprint is not None
+        if bytes(self.fingerprint[1].tolist()) == sha256(old):
+            self.fingerprint[1].copy_(_bytes(sha256(new)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(_READ_ONLY)
+        if name == "scale" and not isinstance(value, Tensor) and "scale" in self.__dict__.get("_buffers", ()):
+            with torch.no_grad():
+                self.scale.fill_(float(value))
+            return
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, method={self.method!r}, scale={float(self.scale):g}, "
+            f"dropout_p={self.dropout_p:g}" + (", merged=True" if self.merged else "")
+        )
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+def _bytes(digest: bytes) -> Tensor:
+    return torch.tensor(list(digest), dtype=torch.uint8, device="cpu")

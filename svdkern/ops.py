@@ -1,0 +1,88 @@
+"""The two public operators, for ``torch.compile``, ``torch.export`` and ``torch.func``.
+
+    svdkern::svd_linear_forward   (x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend) -> (y, h)
+    svdkern::svd_linear_backward  (dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want) -> gradients
+
+They call the same backend objects as the eager path and exist because a compiler needs an opaque call with a schema and a
+shape rule. **A raw operator is not differentiable**: ``svdkern.svd_linear`` is. ``x`` is (M, K); ``h`` is (M, r) in the
+accumulator dtype; ``backend`` is a name or "" for the automatic choice; ``want`` has the nine flags of
+``svdkern.backends.formula.Gradients`` and the result has the gradients asked for, in that order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdkern.backends.dispatch import choose
+from svdkern.backends.formula import Gradients, accumulator_dtype
+
+_library = torch.library.Library("svdkern", "FRAGMENT")
+_library.define(
+    "svd_linear_forward(Tensor x, Tensor? weight, Tensor u, Tensor? sigma, Tensor v, Tensor? bias, Tensor scale, Tensor? core,"
+    " Tensor? gate, Tensor? index, Tensor? rng_state, int threshold, str backend) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "svd_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor u, Tensor? sigma, Tensor v, Tensor scale, Tensor? core,"
+    " Tensor? gate, Tensor? index, Tensor? h, Tensor? rng_state, int threshold, str backend, bool[] want) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):  # type: ignore[no-untyped-def]
+    return choose(x, backend or None).forward(
+        x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold
+    )
+
+
+def _backward(  # type: ignore[no-untyped-def]
+    dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want
+):
+    gradients = choose(dy, backend or None).backward(
+        dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, Gradients(*want)
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _forward_fake(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):  # type: ignore[no-untyped-def]
+    h = x.new_empty(x.shape[0], u.shape[1], dtype=accumulator_dtype(x.dtype))
+    return x.new_empty(x.shape[0], v.shape[0]), h
+
+
+def _backward_fake(  # type: ignore[no-untyped-def]
+    dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want
+):
+    dx_and_bias = (dy.new_empty(dy.shape[0], u.shape[0]), dy.new_empty(v.shape[0]))
+    like = Gradients(dx_and_bias[0], weight, u, sigma, v, dx_and_bias[1], scale, core, gate)
+    return [torch.empty_like(tensor) for tensor, wanted in zip(like, want, strict=True) if wanted]
+
+
+def _batched(op):  # type: ignore[no-untyped-def]
+    """A vmap rule: one call an example. Right for every mix of batched and shared arguments."""
+
+    def rule(info, in_dims, *args):  # type: ignore[no-untyped-def]
+        results = []
+        for example in range(info.batch_size):
+            picked = [
+                arg.select(dim, example) if isinstance(arg, Tensor) and dim is not None else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            ]
+            results.append(op(*picked))
+        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return (stacked, [0] * len(stacked)) if isinstance(results[0], list) else (tuple(stacked), (0,) * len(stacked))
+
+    return rule
+
+
+svd_linear_forward = torch.ops.svdkern.svd_linear_forward.default
+svd_linear_backward = torch.ops.svdkern.svd_linear_backward.default
+
+for _name, _implementation, _fake in (
+    ("svd_linear_forward", _forward, _forward_fake),
+    ("svd_linear_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"svdkern::{_name}", _fake, lib=_library)
+torch.library.register_vmap(svd_linear_forward, _batched(svd_linear_forward), lib=_library)
+torch.library.register_vmap(svd_linear_backward, _batched(svd_linear_backward), lib=_library)

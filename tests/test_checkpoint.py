@@ -1,0 +1,707 @@
+"""``save_adapter`` and ``load_adapter``: bit-equal round trips, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from test_model import IDS, Net, snapshot, unchanged
+from torch import Tensor, nn
+
+from svdkern import adapter_file
+from svdkern.checkpoint import load_adapter, save_adapter
+from svdkern.methods import METHODS
+from svdkern.model import adapt, merge, regularization, unmerge
+from svdkern.nn import SVDLinear
+
+
+def train(model: nn.Module, run: Callable[[nn.Module], Tensor], steps: int = 2) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        (run(model).float().square().mean() + regularization(model)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def forward(model: nn.Module) -> Tensor:
+    return model(IDS)
+
+
+def trained(method: str = "pissa", dtype: torch.dtype = torch.float32, **arguments: Any) -> Net:
+    model = Net().to(dtype)
+    torch.manual_seed(1)
+    adapt(model, method, **({"rank": 4} | arguments))
+    train(model, forward)
+    return model
+
+
+def same_bits(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return list(left) == list(right) and all(
+        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
+    )
+
+
+def keys(path: Path) -> list[str]:
+    with safe_open(path / "adapter.safetensors", "pt") as file:
+        return sorted(file.keys())
+
+
+# ---------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_round_trip_has_the_same_bits(
+    tmp_path: Path, method: str, dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> None:
+    model = trained(method, dtype, alpha=3.0, dropout_p=0.25, adapter_dtype=adapter_dtype)
+    y = model.eval()(IDS)
+    save_adapter(model, tmp_path / "a")
+    fresh = Net().to(dtype).eval()
+    report = load_adapter(fresh, tmp_path / "a")
+    assert same_bits(model, fresh) and torch.equal(fresh(IDS), y)
+    assert repr(fresh) == repr(model)
+    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    assert len(report.layers) == 6 and report.trainable == sum(p.numel() for p in fresh.parameters() if p.requires_grad)
+    save_adapter(fresh, tmp_path / "b")
+    for file in ("adapter.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+_RELOAD = """
+import sys, torch
+sys.path[:0] = {paths!r}
+torch.manual_seed(int(sys.argv[2]))
+torch.set_num_threads(int(sys.argv[3]))
+torch.rand(1000)
+def refused(*args, **kwargs):
+    raise AssertionError("a decomposition was run")
+torch.linalg.svd = torch.linalg.eigh = torch.linalg.qr = torch.svd_lowrank = refused
+from test_model import IDS, Net
+from svdkern import adapter_file
+from svdkern.checkpoint import load_adapter
+state = torch.get_rng_state()
+model = Net()
+state = torch.get_rng_state()
+load_adapter(model, sys.argv[1])
+assert torch.equal(torch.get_rng_state(), state), "loading drew random numbers"
+torch.save(model.state_dict(), sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("method", ["pissa", "sorsa"])
+def test_reload_in_another_process_has_the_same_bits(tmp_path: Path, method: str) -> None:
+    """huggingface/peft#2270: reloading runs the random SVD again, the residual differs, the same file gives other results."""
+    model = trained(method)
+    save_adapter(model, tmp_path / "a")
+    code = _RELOAD.format(paths=[str(Path(__file__).parent.parent), str(Path(__file__).parent)])
+    for seed, threads in ((11, 1), (12, 2)):
+        out = tmp_path / f"{seed}.pt"
+        command = [sys.executable, "-c", code, str(tmp_path / "a"), str(seed), str(threads), str(out)]
+        subprocess.run(command, check=True, timeout=120)
+        found = torch.load(out)
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_names_that_look_like_keys(tmp_path: Path) -> None:
+    """huggingface/peft#2773: layers whose own name contains a word of the key-mangling are saved under a wrong key."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        names = [
+            "weight_proj",
+            "weight",
+            "lora_A",
+            "lora_B",
+            "sigma",
+            "default",
+            "base_layer",
+            "u",
+            "v",
+            "u0",
+            "svd",
+            "core",
+        ]
+        model = nn.ModuleDict({name: nn.Linear(12, 10) for name in names})
+        model["sub"] = nn.ModuleDict({"u": nn.ModuleDict({"v": nn.Linear(12, 10)})})
+        return model
+
+    model = make()
+    report = adapt(model, "sorsa", rank=3)
+    with torch.no_grad():
+        for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+            p += 0.01 * i
+    save_adapter(model, tmp_path / "a")
+    assert len(report.layers) == 13 and len(keys(tmp_path / "a")) == 13 * 6
+    assert {"u.u", "weight.sigma", "sub.u.v.v0", "u0.u0"} <= set(keys(tmp_path / "a"))
+    fresh = make()
+    load_adapter(fresh, tmp_path / "a")
+    assert same_bits(model, fresh)
+
+
+def test_layer_1_beside_layer_10(tmp_path: Path) -> None:
+    """huggingface/peft#2773: adapt only layers.1 of 13; the file has that one, a default load adapts that one."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(12, 12) for _ in range(13))})
+
+    model = make()
+    adapt(model, "pissa", rank=2, target_modules=["layers.1"])
+    save_adapter(model, tmp_path / "a")
+    assert keys(tmp_path / "a") == [f"layers.1.{a}" for a in ("u", "u0", "v", "v0")]
+    fresh = make()
+    load_adapter(fresh, tmp_path / "a")
+    assert [type(layer) is SVDLinear for layer in fresh["layers"]] == [i == 1 for i in range(13)]
+    assert same_bits(model, fresh)
+
+
+def test_mixed_ranks_with_rank_zero(tmp_path: Path) -> None:
+    """huggingface/peft#1539: after rank pruning some layers have rank 0 and loading fails in the resize."""
+    model = trained("sorsa", rank=8)
+    for rank, layer in ((0, model.layers[0].q_proj), (3, model.layers[1].down)):
+        layer.u, layer.v = nn.Parameter(layer.u[:, :rank].detach()), nn.Parameter(layer.v[:, :rank].detach())
+        layer.sigma = nn.Parameter(layer.sigma[:rank].detach())
+    y = model(IDS)
+    save_adapter(model, tmp_path / "a")
+    fresh = Net()
+    report = load_adapter(fresh, tmp_path / "a")
+    assert sorted(row.rank for row in report.layers) == [0, 3, 8, 8, 8, 8]
+    assert same_bits(model, fresh) and torch.equal(fresh(IDS), y)
+    fresh(IDS).sum().backward()
+    merge(fresh)
+    assert torch.allclose(fresh(IDS), y, atol=1e-4)
+
+
+def test_two_methods_in_one_model(tmp_path: Path) -> None:
+    model = Net()
+    adapt(model, "pissa", rank=3, target_modules=["q_proj"])
+    adapt(model, METHODS["sorsa"](gamma=0.5), rank=5, target_modules=["down"])
+    adapt(model, "lora", rank=2, target_modules=["lm_head"], alpha=4)
+    train(model, forward)
+    save_adapter(model, tmp_path / "a")
+    fresh = Net()
+    load_adapter(fresh, tmp_path / "a")
+    assert same_bits(model, fresh) and fresh.layers[0].down.config.gamma == 0.5
+    assert fresh.lm_head.residual.data_ptr() == fresh.embed.weight.data_ptr()
+
+
+def test_file_holds_contiguous_factors_of_their_own_dtype(tmp_path: Path) -> None:
+    """huggingface/transformers#27613: views that share memory or are not contiguous cannot be saved, or drag storage along."""
+    model = Net()
+    adapt(model, "lora", rank=4, target_modules=["q_proj"])
+    q, _ = torch.linalg.qr(torch.randn(32, 32))
+    for block in model.layers:
+        block.q_proj.u, block.q_proj.v = nn.Parameter(q[:, :4]), nn.Parameter(q.t()[:, 4:8])
+    model.layers[1].q_proj.to(torch.bfloat16)
+    save_adapter(model, tmp_path / "a")
+    tensors = safetensors.torch.load_file(tmp_path / "a" / "adapter.safetensors")
+    assert {t.dtype for k, t in tensors.items() if k.startswith("layers.1")} == {torch.bfloat16}
+    assert {t.dtype for k, t in tensors.items() if k.startswith("layers.0")} == {torch.float32}
+    assert torch.equal(tensors["layers.0.q_proj.u"], q[:, :4]) and torch.equal(
+        tensors["layers.0.q_proj.v"], q.t()[:, 4:8]
+    )
+    size = (tmp_path / "a" / "adapter.safetensors").stat().st_size
+    assert size < sum(t.numel() * t.element_size() for t in tensors.values()) + 1000
+
+
+def test_shared_layers_and_factors_load_shared_again(tmp_path: Path) -> None:
+    """huggingface/transformers#27613: layers that share one factor, or are one object."""
+
+    def make() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        shared = nn.Linear(12, 12)
+        return nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(12, 12), "d": nn.Linear(12, 12)})
+
+    model = make()
+    adapt(model, "pissa", rank=3)
+    model["d"].u = model["c"].u
+    with torch.no_grad():
+        model["c"].u += 1.0
+    save_adapter(model, tmp_path / "a")
+    assert "b.0.u" not in keys(tmp_path / "a") and "d.u" not in keys(tmp_path / "a")
+    fresh = make()
+    load_adapter(fresh, tmp_path / "a")
+    assert fresh["a"] is fresh["b"][0] and fresh["c"].u is fresh["d"].u and same_bits(model, fresh)
+    untied = make()
+    untied["b"] = nn.Sequential(copy.deepcopy(untied["a"]))  # equal weights, but two modules
+    load_adapter(untied, tmp_path / "a")
+    assert untied["a"] is untied["b"][0]
+    one = make()
+    one["d"] = one["c"]
+    before = snapshot(one)
+    with pytest.raises(ValueError, match="the model uses one module as c and d"):
+        load_adapter(one, tmp_path / "a")
+    assert unchanged(one, before)
+
+
+def test_merged_model_saves_the_same_file(tmp_path: Path) -> None:
+    """EricLBuehler/candle-lora#26: saving from the merged state."""
+    model = trained()
+    save_adapter(model, tmp_path / "a")
+    merge(model)
+    save_adapter(model, tmp_path / "b")
+    unmerge(model)
+    for file in ("adapter.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    merge(model, keep=False)
+    with pytest.raises(RuntimeError, match="keep=False"):
+        save_adapter(model, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_deepcopy_saves_alone(tmp_path: Path) -> None:
+    """huggingface/peft#424: the copy's settings and factors are its own."""
+    model = trained("sorsa", alpha=2.0)
+    other = copy.deepcopy(model)
+    train(other, forward)
+    save_adapter(other, tmp_path / "a")
+    fresh = Net()
+    load_adapter(fresh, tmp_path / "a")
+    assert same_bits(fresh, other) and not same_bits(fresh, model)
+
+
+def test_a_state_dict_in_a_new_process_can_still_be_saved_as_an_adapter(tmp_path: Path) -> None:
+    """The initial factors and the fingerprint travel in the state_dict."""
+    model = trained("sorsa")
+    torch.save(model.state_dict(), tmp_path / "checkpoint.pt")
+    with torch.device("meta"):
+        resumed = Net()
+        adapt(resumed, "sorsa", rank=4)
+    resumed.to_empty(device="cpu")
+    resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt"))
+    save_adapter(resumed, tmp_path / "a")
+    fresh = Net()
+    load_adapter(fresh, tmp_path / "a")
+    assert same_bits(fresh, model)
+
+
+# ------------------------------------------------------------------------------------------------------- casting
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cast_after_adapting_reloads_to_the_bits_as_they_are(tmp_path: Path, method: str) -> None:
+    """modelscope/ms-swift#9694 and the rounding of initial factors: model.to(bf16) after adapt, then save."""
+    model = trained(method)
+    model.to(torch.bfloat16)
+    save_adapter(model, tmp_path / "a")
+    tensors = safetensors.torch.load_file(tmp_path / "a" / "adapter.safetensors")
+    assert {t.dtype for k, t in tensors.items() if not k.endswith("0")} == {torch.bfloat16}
+    if method == "lora":  # the residual is the base weight, so the base in bf16 is the one to load onto
+        fresh = Net().to(torch.bfloat16)
+        load_adapter(fresh, tmp_path / "a")
+    else:
+        assert {t.dtype for k, t in tensors.items() if k.endswith("0")} == {torch.float32}
+        rounded = Net().to(torch.bfloat16)
+        with pytest.raises(ValueError, match="the weight is bfloat16, the adapter was made on float32"):
+            load_adapter(rounded, tmp_path / "a")
+        fresh = Net()
+        load_adapter(fresh, tmp_path / "a")
+        assert fresh.layers[0].down.residual.dtype == torch.bfloat16
+        assert fresh(IDS).dtype == torch.float32
+        fresh.to(torch.bfloat16)
+    assert same_bits(fresh, model) and torch.equal(fresh(IDS), model(IDS))
+    save_adapter(fresh, tmp_path / "b")
+    assert (tmp_path / "a" / "adapter_config.json").read_bytes() == (
+        tmp_path / "b" / "adapter_config.json"
+    ).read_bytes()
+
+
+def test_cast_while_merged(tmp_path: Path) -> None:
+    model = trained("pissa")
+    merge(model)
+    model.to(torch.bfloat16)
+    save_adapter(model, tmp_path / "a")
+    fresh = Net()
+    load_adapter(fresh, tmp_path / "a")
+    unmerge(model)
+    assert same_bits(fresh.to(torch.bfloat16), model)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda m: m.to(torch.bfloat16).float(), lambda m: m.layers[0].down.residual.data.mul_(2)]
+)
+def test_a_residual_that_cannot_be_rebuilt_is_not_saved(tmp_path: Path, damage: Callable[[Net], object]) -> None:
+    model = trained("pissa")
+    damage(model)
+    with pytest.raises(ValueError, match=r"layers\.0\.\w+: the residual \(float32\) is not the one"):
+        save_adapter(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_scale_is_saved_and_the_initial_one_rebuilds(tmp_path: Path) -> None:
+    model = trained("pissa", alpha=2.0)
+    for layer in model.modules():
+        if isinstance(layer, SVDLinear):
+            layer.scale = 0.125
+    y = model(IDS)
+    save_adapter(model, tmp_path / "a")
+    fresh = Net()
+    load_adapter(fresh, tmp_path / "a")
+    assert fresh.layers[0].down.scale.item() == 0.125 and torch.equal(fresh(IDS), y)
+
+
+# ---------------------------------------------------------------------------------------------- onto adapted models
+
+
+def test_refresh_an_adapted_model(tmp_path: Path) -> None:
+    model = trained("sorsa")
+    before = copy.deepcopy(model)
+    save_adapter(model, tmp_path / "a")
+    pointer = model.layers[0].down.u
+    train(model, forward)
+    assert not same_bits(model, before)
+    report = load_adapter(model, tmp_path / "a")
+    assert same_bits(model, before) and model.layers[0].down.u is pointer and len(report.layers) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "pissa"}, "the layer's method is PiSSA"),
+        ({"rank": 5}, r"layers\.0\.q_proj: u is float32 \(32, 5\) in the model and float32 \(32, 4\) in the file"),
+        ({"adapter_dtype": torch.bfloat16}, "u is bfloat16"),
+        ({"alpha": 2.0}, None),
+    ],
+)
+def test_refresh_needs_the_same_structure(tmp_path: Path, arguments: dict[str, Any], message: str | None) -> None:
+    save_adapter(trained("sorsa"), tmp_path / "a")
+    model = trained(**({"method": "sorsa"} | arguments))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message or "the layer's residual is another one"):
+        load_adapter(model, tmp_path / "a")
+    assert unchanged(model, before)
+
+
+def test_refresh_refuses_merged_and_further_layers(tmp_path: Path) -> None:
+    model = trained("pissa", target_modules=["q_proj"])
+    save_adapter(model, tmp_path / "a")
+    merge(model)
+    with pytest.raises(RuntimeError, match="is merged"):
+        load_adapter(model, tmp_path / "a")
+    unmerge(model)
+    adapt(model, "pissa", rank=2, target_modules=["down"])
+    with pytest.raises(ValueError, match=r"adapted layers that the file has not: layers\.0\.down"):
+        load_adapter(model, tmp_path / "a")
+
+
+# ------------------------------------------------------------------------------------------------------- wrong base
+
+
+def _other_weight(model: Net) -> None:
+    model.layers[1].q_proj.weight.data[0, 0] += 1e-3
+
+
+def _other_shape(model: Net) -> None:
+    model.layers[0].down = nn.Linear(16, 31)
+
+
+def _missing_layer(model: Net) -> None:
+    del model.layers[1].down
+
+
+def _other_type(model: Net) -> None:
+    model.layers[0].down = nn.ReLU()  # type: ignore[assignment]
+
+
+def _to_meta(model: Net) -> None:
+    model.layers[0].q_proj.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_weight, r"layers\.1\.q_proj: the weight is not the one the adapter was made on \(SHA-256"),
+        (
+            _other_shape,
+            r"layers\.0\.down: \(in_features, out_features\) is \(16, 31\), the adapter was made for \(16, 32\)",
+        ),
+        (_missing_layer, r"the model has no module 'layers\.1\.down'"),
+        (_other_type, r"layers\.0\.down: is of type ReLU"),
+        (_to_meta, r"layers\.0\.q_proj: the weight is on the meta device"),
+        (lambda m: m.half(), r"layers\.0\.q_proj: the weight is float16, the adapter was made on float32"),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_another_base_is_refused(tmp_path: Path, change: Callable[[Net], object], message: str, method: str) -> None:
+    save_adapter(trained(method), tmp_path / "a")
+    model = Net()
+    change(model)
+    before = (
+        [(n, id(m)) for n, m in model.named_modules()],
+        [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        load_adapter(model, tmp_path / "a")
+    assert str(error.value).startswith(str(tmp_path / "a"))
+    assert before == (
+        [(n, id(m)) for n, m in model.named_modules()],
+        [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ broken files
+
+
+def _cut(file: str, size: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / file).write_bytes((path / file).read_bytes()[:size])
+
+    return damage
+
+
+def _text(file: str) -> Callable[[Path], None]:
+    return lambda path: (path / file).write_text("this is no adapter")  # type: ignore[return-value]
+
+
+def _remove(file: str) -> Callable[[Path], None]:
+    return lambda path: (path / file).unlink()
+
+
+def _folder(file: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / file).unlink()
+        (path / file).mkdir()
+
+    return damage
+
+
+def _flip(path: Path) -> None:
+    data = bytearray((path / "adapter.safetensors").read_bytes())
+    data[-100] ^= 1
+    (path / "adapter.safetensors").write_bytes(data)
+
+
+def _config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        config = json.loads((path / "adapter_config.json").read_text())
+        change(config)
+        (path / "adapter_config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def _tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    """Change the tensors and make the hash fit again: what is left to catch are keys, shapes, dtypes."""
+
+    def damage(path: Path) -> None:
+        import hashlib
+
+        tensors = safetensors.torch.load_file(path / "adapter.safetensors")
+        change(tensors)
+        data = safetensors.torch.save(tensors)
+        (path / "adapter.safetensors").write_bytes(data)
+        _config(lambda c: c.update(tensors_sha256=hashlib.sha256(data).hexdigest()))(path)
+
+    return damage
+
+
+def _replace(key: str, value: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({key: value})
+
+
+_ROW = "layers.0.down"
+_BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "tensors cut at 0": (_cut("adapter.safetensors", 0), "0 bytes.*truncated"),
+    "tensors cut at 7": (_cut("adapter.safetensors", 7), "truncated"),
+    "tensors cut at 100": (_cut("adapter.safetensors", 100), "truncated"),
+    "tensors cut mid-tensor": (_cut("adapter.safetensors", 6000), "6000 bytes.*truncated"),
+    "tensors are text": (_text("adapter.safetensors"), "damaged"),
+    "tensors are a folder": (_folder("adapter.safetensors"), "adapter.safetensors is a directory"),
+    "tensors missing": (_remove("adapter.safetensors"), "adapter.safetensors is missing"),
+    "one bit flipped": (_flip, "its SHA-256 differs"),
+    "config cut at 0": (_cut("adapter_config.json", 0), "adapter_config.json is damaged"),
+    "config cut at 100": (_cut("adapter_config.json", 100), "adapter_config.json is damaged"),
+    "config is text": (_text("adapter_config.json"), "adapter_config.json is damaged"),
+    "config is a list": (lambda p: (p / "adapter_config.json").write_text("[]"), "holds a list"),
+    "config is binary": (lambda p: (p / "adapter_config.json").write_bytes(b"\xff\xfe\x00"), "is damaged"),
+    "config missing": (_remove("adapter_config.json"), "adapter_config.json is missing"),
+    "other version": (_config(lambda c: c.update(format_version=2)), "format_version is 2, this svdkern reads 1"),
+    "no version": (_config(lambda c: c.pop("format_version")), "format_version is None"),
+    "no layers": (_config(lambda c: c.pop("layers")), "layers is missing"),
+    "layer is text": (_config(lambda c: c["layers"].update({_ROW: "x"})), r"layer 'layers\.0\.down' is 'x'"),
+    "no rank": (_config(lambda c: c["layers"][_ROW].pop("rank")), r"layer 'layers\.0\.down': rank is missing"),
+    "rank is text": (_config(lambda c: c["layers"][_ROW].update(rank="4")), "rank is '4', expected int"),
+    "rank is true": (_config(lambda c: c["layers"][_ROW].update(rank=True)), "rank is True, expected int"),
+    "other rank": (_config(lambda c: c["layers"][_ROW].update(rank=5)), r"down\.u is float32 \(16, 4\), expected float32 \(16, 5\)"),
+    "negative rank": (_config(lambda c: c["layers"][_ROW].update(rank=-1)), "out of range"),
+    "dropout above 1": (_config(lambda c: c["layers"][_ROW].update(dropout_p=1.5)), "out of range"),
+    "unknown method": (_config(lambda c: c["layers"][_ROW].update(method="dora")), "method is 'dora', this svdkern has lora"),
+    "unknown setting": (_config(lambda c: c["layers"][_ROW]["method_config"].update(x=1)), "method_config has"),
+    "setting of a wrong type": (_config(lambda c: c["layers"][_ROW]["method_config"].update(gamma="x")), "method_config is"),
+    "unknown dtype": (_config(lambda c: c["layers"][_ROW].update(base_dtype="int8")), "base_dtype is 'int8'"),
+    "hash is short": (_config(lambda c: c["layers"][_ROW].update(base_sha256="ab")), "expected 64 hexadecimal digits"),
+    "no initial scale": (_config(lambda c: c["layers"][_ROW].update(initial_scale=None)), "initial_scale is None"),
+    "layer left out": (_config(lambda c: c["layers"].pop(_ROW)), r"unexpected layers\.0\.down\.sigma"),
+    "tie to nothing": (_config(lambda c: c["tied_modules"].update(x="nothing")), "tied_modules has 'x'"),
+    "tie is a number": (_config(lambda c: c["tied_tensors"].update(x=3)), "tied_tensors has 'x'"),
+    "key missing": (_tensors(lambda t: t.pop(f"{_ROW}.v")), r"layers\.0\.down\.v is missing"),
+    "initial factor missing": (_tensors(lambda t: t.pop(f"{_ROW}.u0")), r"layers\.0\.down\.u0 is missing"),
+    "key unexpected": (_tensors(_replace("x.u", torch.zeros(2))), r"unexpected x\.u"),
+    "wrong shape": (_tensors(_replace(f"{_ROW}.v", torch.zeros(32, 3))), r"down\.v is float32 \(32, 3\)"),
+    "wrong dimensions": (_tensors(_replace(f"{_ROW}.u0", torch.zeros(()))), r"down\.u0 is float32 \(\)"),
+    "wrong dtype": (_tensors(_replace(f"{_ROW}.u", torch.zeros(16, 4).half())), r"down\.u is float16"),
+    "initial ranks differ": (_tensors(_replace(f"{_ROW}.u0", torch.zeros(16, 3))), r"have ranks \[3, 4\]"),
+    "initial factor changed": (_tensors(_replace(f"{_ROW}.u0", torch.zeros(16, 4))), "rebuilt residual differs"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    path = tmp_path_factory.mktemp("saved") / "a"
+    save_adapter(trained("sorsa"), path)
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("case", _BROKEN)
+def test_broken_files(tmp_path: Path, saved: dict[str, bytes], case: str) -> None:
+    """Lightning-AI/pytorch-lightning#688 and the whole kind: one clear error that names the path; the model is unchanged."""
+    damage, message = _BROKEN[case]
+    path = tmp_path / "adapter here"
+    path.mkdir()
+    for name, data in saved.items():
+        (path / name).write_bytes(data)
+    model = Net()
+    load_adapter(copy.deepcopy(model), path)  # what is damaged below was right
+    damage(path)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message) as error:
+        load_adapter(model, path)
+    assert str(error.value).startswith(str(path))
+    assert unchanged(model, before)
+
+
+def test_paths_that_are_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name, message in (("none", "no such directory"), ("file", "is a file"), ("empty", "config.json is missing")):
+        with pytest.raises(ValueError, match=message) as error:
+            load_adapter(Net(), tmp_path / name)
+        assert str(error.value).startswith(str(tmp_path / name))
+
+
+# ----------------------------------------------------------------------------------------------------------- saving
+
+
+def test_save_needs_an_adapted_model_with_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Net has no adapted layer"):
+        save_adapter(Net(), tmp_path / "a")
+    model = trained()
+    model.to("meta")
+    with pytest.raises(ValueError, match=r"layers\.0\.q_proj is on the meta device"):
+        save_adapter(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_warns_of_what_it_does_not_save(tmp_path: Path) -> None:
+    model = trained()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path / "a")
+    model.layers[0].norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"not saved: layers\.0\.norm\.weight"):
+        save_adapter(model, tmp_path / "a")
+
+
+def test_no_space_left(tmp_path: Path) -> None:
+    """Lightning-AI/pytorch-lightning#688: the disk is full."""
+    resource = pytest.importorskip("resource")
+    model = trained()
+    save_adapter(model, tmp_path / "a")
+    old = (tmp_path / "a" / "adapter.safetensors").read_bytes()
+    train(model, forward)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError):
+            save_adapter(model, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "a" / "adapter.safetensors").read_bytes() == old
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+_SAVE_LOOP = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from test_checkpoint import trained, save_adapter
+model = trained()
+print("ready", flush=True)
+while True:
+    with torch.no_grad():
+        model.layers[0].down.u.add_(1.0)
+    save_adapter(model, sys.argv[1])
+"""
+
+
+def test_killed_while_saving(tmp_path: Path) -> None:
+    """Lightning-AI/pytorch-lightning#688: SIGKILL in a process that saves over p in a loop; p is the old or the new file."""
+    path = tmp_path / "a"
+    save_adapter(trained(), path)
+    code = _SAVE_LOOP.format(paths=[str(Path(__file__).parent.parent), str(Path(__file__).parent)])
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    for _ in range(20):  # a reader sees one adapter or the next all the time
+        load_adapter(Net(), path)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    model = Net()
+    load_adapter(model, path)
+    assert not torch.equal(model.layers[0].down.u, trained().layers[0].down.u)
+    save_adapter(model, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_replaced_between_reading_its_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, model = tmp_path / "a", trained()
+    save_adapter(model, path)
+    train(model, forward)
+    real, pending = adapter_file._bytes_of, [1]
+
+    def reading(file: Path) -> bytes:
+        if file.name == "adapter.safetensors" and pending:
+            pending.clear()
+            save_adapter(model, path)
+        return real(file)
+
+    monkeypatch.setattr(adapter_file, "_bytes_of", reading)
+    fresh = Net()
+    load_adapter(fresh, path)
+    assert same_bits(fresh, model)
+
+
+def test_compiled_and_wrapped_models(tmp_path: Path) -> None:
+    model = trained()
+    save_adapter(model, tmp_path / "a")
+    for wrapped in (torch.compile(model), nn.DataParallel(model), nn.DataParallel(torch.compile(model))):
+        save_adapter(wrapped, tmp_path / "b")
+        assert keys(tmp_path / "a") == keys(tmp_path / "b")
+    fresh = Net()
+    load_adapter(torch.compile(fresh), tmp_path / "a")
+    assert same_bits(fresh, model)
+
+
+def test_a_layer_alone(tmp_path: Path) -> None:
+    layer = SVDLinear.from_linear(nn.Linear(8, 6), 2, "pissa")
+    save_adapter(layer, tmp_path / "a")
+    assert keys(tmp_path / "a") == ["u", "u0", "v", "v0"]
+    expected = layer.u.detach().clone()
+    with torch.no_grad():
+        layer.u.zero_()
+    load_adapter(layer, tmp_path / "a")
+    assert torch.equal(layer.u, expected)
