@@ -152,8 +152,8 @@ def test_two_calls_keep_the_first_ones_factors_training() -> None:
 
 def test_a_head_of_too_small_rank_is_named_before_anything_changes() -> None:
     """NovaSky-AI/SkyRL#2069: one small layer has less rank than asked for; the model is left half adapted."""
-    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
-    model.add_module("score", nn.Linear(256, 1))
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    model.add_module("score", nn.Linear(64, 1))
     before = snapshot(model)
     with pytest.raises(ValueError, match="score: rank is 16, expected 1 <= rank <= 1"):
         adapt(model, "pissa", rank=16)

@@ -36,7 +36,7 @@ inline void load_rows(const Matrix& a, const Dropout& dropout, int64_t m0, int r
     for (int64_t c = 0; c < n; c += mask_columns) {
       alignas(64) float keep[mask_columns];
       mask_row(dropout, m0 + m, l0 + c, keep);
-      for (int k = 0; k < mask_columns && c + k < n; k += W) store(to + c + k, load(to + c + k) * load(keep + k));
+      for (int k = 0; k < mask_columns && c + k < n; k += W) store(to + c + k, masked(load(to + c + k), load(keep + k)));
     }
   }
 }
@@ -60,10 +60,9 @@ inline void contract_block(const Matrix& a, const Dropout& dropout, int64_t m0, 
       with_dot_width(rows, [&](auto width) {
         constexpr int J = width.value;
         for (int64_t j = 0; j < columns; j += J) {
-          const float* b[max_j];
+          const float* b[max_j] = {};
           for (int i = 0; i < J; ++i) b[i] = panel.data + smaller(j + i, columns - 1) * panel.ld;
-          // lanes of J columns stand together: [column group][row][max_j], J <= max_j, and 16 / J groups would need
-          // 16 / J * max_j columns; so the groups of a tile share rows of max_j and J-column slots within them
+          // a tile's lanes: [j / max_j][row][j % max_j]
           F* group = lanes + tile * tile_lanes + (j / max_j) * block_rows * max_j + j % max_j;
           dot_tiles<float, J>(group, a_rows, strip_ld, rows, b, 0, round_up(n, W));
         }

@@ -81,7 +81,7 @@ def _decide(requested: str | None, device: torch.device, dtype: torch.dtype) -> 
     reason = why_not(name, device, dtype)
     if reason is None:
         return BACKENDS[name]
-    by_design = requested is None and extension.why_missing is None  # fp64 on the CPU is eager's, nothing is missing
+    by_design = requested is None and dtype not in cpu.DTYPES  # float64 is eager's on every device
     if not by_design:
         if _environment.strict:
             raise RuntimeError(f"SVDKERN_STRICT=1 and backend {name!r} cannot be used: {reason}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from svdkern.linalg.precision import without_autocast
 
 _PANEL_ELEMENTS = 1 << 21  # float64 elements upcast at a time: 16 MB
+# Up to this size LAPACK's eigh is as fast on one thread as on two (25 ms at 576), and on a machine that is otherwise
+# busy its many short parallel sections wait for each other (2 to 6 s instead, measured).
+_ONE_THREAD = 1024
 
 
 @torch.no_grad()
@@ -74,12 +78,27 @@ def _triplets(weight: Tensor, r: int, factor: float) -> tuple[Tensor, Tensor, Te
     gram = torch.zeros(short, short, dtype=torch.float64, device=weight.device)
     for panel in _upcast(weight, panels, tall, factor):  # (rows, short)
         gram.addmm_(panel.t(), panel)
-    basis = torch.linalg.eigh(gram)[1][:, -r:].flip(1)  # (short, r), largest first
+    with _few_threads(short, weight.device):
+        basis = torch.linalg.eigh(gram)[1][:, -r:].flip(1)  # (short, r), largest first
     image = torch.cat([panel @ basis for panel in _upcast(weight, panels, tall, factor)])  # (long, r)
-    q, triangle = torch.linalg.qr(image)
-    left, sigma, right = torch.linalg.svd(triangle)
+    with _few_threads(short, weight.device):
+        q, triangle = torch.linalg.qr(image)
+        left, sigma, right = torch.linalg.svd(triangle)
     long_side, short_side = q @ left, basis @ right.t()
     return (short_side, sigma, long_side) if tall else (long_side, sigma, short_side)
+
+
+@contextmanager
+def _few_threads(short: int, device: torch.device) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or short > _ONE_THREAD or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _panel_slices(weight: Tensor, tall: bool) -> Iterator[slice]:

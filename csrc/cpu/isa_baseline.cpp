@@ -1,0 +1,13 @@
+// The portable kernels: SSE4.2 on x86-64 (x86-64-v2), Advanced SIMD on aarch64.
+#include "isa.h"
+#include "primitives.h"
+
+namespace svdkern {
+
+#if defined(__aarch64__)
+extern const Kernels baseline_kernels = kernels_named("neon");
+#else
+extern const Kernels baseline_kernels = kernels_named("baseline");
+#endif
+
+}  // namespace svdkern

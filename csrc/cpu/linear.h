@@ -1,0 +1,171 @@
+// y (M, out) = a (M, in) w (in, out) + D*(z F^T) + bias, one rounding; w streamed once for all rows of a block.
+//
+//   in-contiguous w  (weight.t() of an nn.Linear: the forward)   dots: a few w columns at a time, read whole
+//   out-contiguous w (its weight: the gradient of x)             rank: row groups over column strips that stay in L1
+//
+// Work is split over `out`; an output is the same sum in the same order however that is done.
+// Floor: one read of w at memory bandwidth, up to about M = 10 (fp32) where the multiply-adds take over.
+#pragma once
+
+#include "factor.h"
+#include "parallel.h"
+#include "philox.h"
+#include "scratch.h"
+#include "tiles.h"
+
+namespace svdkern {
+namespace {
+
+constexpr int64_t unit = 64;           // outputs in one piece of work, and columns of one factor panel
+constexpr int64_t dots_depth = 1024;   // elements of each w column read before the next block of rows goes over them
+constexpr int64_t rank_columns = 512;  // outputs whose sums are in L1
+constexpr int64_t rank_depth = 8;      // rows of w in one pass over those sums
+constexpr int64_t sums_ld = rank_columns + 16;
+static_assert(unit == mask_columns);
+
+template <class T>
+struct Linear {
+  int64_t rows = 0, in = 0, out = 0;
+  // the base: w == nullptr for none
+  const T* w = nullptr;
+  int64_t w_in = 0, w_out = 0;     // strides
+  const float* a = nullptr;        // dots: (M, in), zero from `in` up to a multiple of W
+  int64_t lda = 0;
+  const float* at = nullptr;       // rank: (in, M)
+  // the adapter: zt == nullptr for none
+  const float* zt = nullptr;       // (r, M), scale included
+  Matrix f;                        // (out, r)
+  Dropout dropout;
+  Vector bias;
+  T* y = nullptr;
+  int64_t ldy = 0;
+
+  bool dots() const { return w_in == 1; }
+};
+
+// sums[m][o - o0] = a[m] . w[:, o] for o0 <= o < o0 + n, n <= unit.
+template <class T>
+inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums) {
+  with_dot_width(rows, [&](auto width) {
+    constexpr int J = width.value;
+    F lanes[block_rows * max_j];
+    for (int64_t o = 0; o < n; o += J) {
+      const T* b[max_j] = {};
+      for (int j = 0; j < J; ++j) b[j] = job.w + (o0 + smaller(o + j, n - 1)) * job.w_out;
+      std::memset(lanes, 0, rows * max_j * sizeof(F));
+      for (int64_t k = 0; k < job.in; k += dots_depth)
+        dot_tiles<T, J>(lanes, job.a + m0 * job.lda, job.lda, rows, b, k, smaller(dots_depth, job.in - k));
+      for (int m = 0; m < rows; ++m)
+        for (int j = 0; j < J; ++j) sums[m * sums_ld + o + j] = sum(lanes[m * max_j + j]);
+    }
+  });
+}
+
+template <class T>
+inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums) {
+  for (int64_t k = 0; k < job.in; k += rank_depth) {
+    const int64_t depth = smaller(rank_depth, job.in - k);
+    const int64_t ahead = k + 2 * rank_depth <= job.in ? rank_depth * job.w_in : 0;
+    rank_update(sums, sums_ld, rows, job.at + k * job.rows + m0, job.rows, job.w + k * job.w_in + o0, job.w_in, depth, n,
+                ahead);
+  }
+}
+
+// sums += D*(z F^T) for n <= unit outputs from o0 on.
+template <class T>
+inline void add_adapter(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums) {
+  alignas(64) float buffer[panel_columns * unit], branch[block_rows * unit];
+  const bool drops = job.dropout.threshold != 0;
+  float* to = drops ? branch : sums;
+  const int64_t ld = drops ? unit : sums_ld, wide = round_up(n, W);
+  if (drops) std::memset(branch, 0, sizeof(branch));
+  for (int64_t j0 = 0; j0 < job.f.cols; j0 += panel_columns) {
+    const int64_t columns = smaller<int64_t>(panel_columns, job.f.cols - j0);
+    const Panel panel = load_panel(job.f, o0, n, j0, columns, buffer, unit);
+    rank_update(to, ld, rows, job.zt + j0 * job.rows + m0, job.rows, panel.data, panel.ld, columns, wide);
+  }
+  if (!drops) return;
+  for (int m = 0; m < rows; ++m) {
+    alignas(64) float keep[unit];
+    mask_row(job.dropout, m0 + m, o0, keep);
+    for (int64_t i = 0; i < wide; i += W) {
+      float* s = sums + m * sums_ld + i;
+      store(s, load(s) + masked(load(branch + m * unit + i), load(keep + i)));
+    }
+  }
+}
+
+template <class T>
+inline void write_out(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, const float* sums) {
+  alignas(64) float bias[unit] = {};
+  const T* b = static_cast<const T*>(job.bias.data);
+  if (b != nullptr)
+    for (int64_t i = 0; i < n; ++i) bias[i] = to_float(b[(o0 + i) * job.bias.stride]);
+  for (int m = 0; m < rows; ++m) {
+    T* y = job.y + (m0 + m) * job.ldy + o0;
+    const float* s = sums + m * sums_ld;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(y + i, load(s + i) + load(bias + i));
+    if (i < n) store(y + i, load(s + i) + load(bias + i), n - i);
+  }
+}
+
+// Outputs o0 ... o1 of all rows.
+template <class T>
+inline void linear_range(const Linear<T>& job, int64_t o0, int64_t o1) {
+  alignas(64) float sums[block_rows * sums_ld];
+  const bool dots = job.w != nullptr && job.dots();
+  const int64_t piece = dots ? unit : rank_columns;
+  for (int64_t o = o0; o < o1; o += piece) {
+    const int64_t n = smaller(piece, o1 - o);
+    for (int64_t m0 = 0; m0 < job.rows; m0 += block_rows) {
+      const int rows = static_cast<int>(smaller<int64_t>(block_rows, job.rows - m0));
+      if (!dots)
+        for (int m = 0; m < rows; ++m) std::memset(sums + m * sums_ld, 0, round_up(n, W) * sizeof(float));
+      if (dots)
+        base_by_dots(job, m0, rows, o, n, sums);
+      else if (job.w != nullptr)
+        base_by_rank(job, m0, rows, o, n, sums);
+      for (int64_t i = 0; i < n; i += unit) {
+        const int64_t wide = smaller(unit, n - i);
+        if (job.zt != nullptr) add_adapter(job, m0, rows, o + i, wide, sums + i);
+        write_out(job, m0, rows, o + i, wide, sums + i);
+      }
+    }
+  }
+}
+
+// The operand `a` as the base wants it, in parts: take_operand reserves, fill_operand converts columns l0 ... l1.
+template <class T>
+inline void take_operand(Linear<T>& job, const Matrix& a, Scratch& scratch) {
+  if (job.w == nullptr) return;
+  if (!job.dots()) {
+    job.at = scratch.take<float>(job.in * job.rows);
+  } else if (a.dtype == DType::f32 && job.in % W == 0) {
+    job.a = static_cast<const float*>(a.data);
+    job.lda = a.row_stride;
+  } else {
+    job.lda = round_up(job.in, 64) + 16;
+    job.a = scratch.take<float>(job.rows * job.lda);
+  }
+}
+
+template <class T>
+inline void fill_operand(const Linear<T>& job, const Matrix& a, int64_t l0, int64_t l1) {
+  if (job.w == nullptr || job.a == a.data) return;
+  for (int64_t m = 0; m < job.rows; ++m) {
+    const T* from = static_cast<const T*>(a.data) + m * a.row_stride;
+    if (job.dots()) {
+      float* to = const_cast<float*>(job.a) + m * job.lda;
+      int64_t l = l0;
+      for (; l + W <= l1; l += W) store(to + l, load(from + l));
+      if (l < l1) store(to + l, load(from + l, l1 - l));
+    } else {
+      float* to = const_cast<float*>(job.at) + m;
+      for (int64_t l = l0; l < l1; ++l) to[l * job.rows] = to_float(from[l]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace svdkern

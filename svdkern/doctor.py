@@ -1,0 +1,155 @@
+"""``python -m svdkern doctor``: what is compiled, what loaded, which backend a call takes, and a test of each.
+
+Layer: below ``cli``. Everything it prints is asked of the running system; nothing is assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdkern.backends import dispatch, extension
+from svdkern.backends.cpu import SMALL_M, aten_is_fast
+from svdkern.functional import svd_linear
+
+_PACKAGES = ("svdkern", "torch", "triton", "peft", "transformers", "safetensors")
+_VARIABLES = ("SVDKERN_BACKEND", "SVDKERN_STRICT", "SVDKERN_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53}
+
+
+def add_doctor(commands: Any) -> None:
+    """Add the command to the command line's sub-parsers."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what is compiled, what loaded, which backend a call takes, and a test of each",
+        description="Print versions, the compiled extension and its instruction sets, which backend a call takes, and test every "
+        "backend against float64. Exit status 1 if a test fails, or if SVDKERN_STRICT=1 and the extension is missing.",
+    )
+    parser.add_argument(
+        "--shape", metavar="MxKxN", default=None, help="also show which path a call of this shape takes, as 1x4096x4096"
+    )
+    parser.set_defaults(run=doctor)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print the report; 0 if everything that should work does."""
+    for line in _versions() + _compiled() + _choices(options.shape):
+        print(line)
+    lines, healthy = _self_test()
+    print("\n".join(lines))
+    if extension.why_missing is not None and os.environ.get("SVDKERN_STRICT") == "1":
+        print("SVDKERN_STRICT=1: a missing extension is an error")
+        return 1
+    return 0 if healthy else 1
+
+
+def _versions() -> list[str]:
+    lines = ["versions"]
+    for name in _PACKAGES:
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "not installed"
+        lines.append(f"  {name:<14}{found}")
+    lines.append(f"  {'python':<14}{platform.python_version()}, {platform.machine()} {platform.system()}")
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    lines.append(f"  {'cuda':<14}{torch.version.cuda or 'this torch has none'}, {cuda}")
+    return lines
+
+
+def _compiled() -> list[str]:
+    lines = ["compiled extension svdkern._C"]
+    if extension.why_missing is None:
+        ops = torch.ops.svdkern
+        lines.append(f"  loaded; instruction sets compiled in: {ops._cpu_isas()}")
+        try:
+            lines.append(f"  in use: {ops._cpu_isa()}")
+        except RuntimeError as error:
+            lines.append(f"  no instruction set can be used: {error}".splitlines()[0])
+    else:
+        lines.append(f"  missing: {extension.why_missing}")
+        lines.append("  every call takes the eager backend; reinstall with a C++ compiler and ninja to get the kernels")
+    lines.append(f"  threads: {torch.get_num_threads()} (torch.set_num_threads)")
+    asked = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    lines.append(f"  environment: {' '.join(asked) or 'nothing set'}")
+    return lines
+
+
+def _choices(shape: str | None) -> list[str]:
+    lines = ["backend by device and dtype"]
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for name, dtype in _DTYPES.items():
+            try:
+                chosen = dispatch.choose(torch.empty(0, dtype=dtype, device=device), None).name
+            except RuntimeError as error:
+                chosen = f"none: {error}"
+            lines.append(f"  {device:<6}{name:<10}{chosen:<8}{_path(chosen, dtype)}")
+    if shape is not None:
+        lines.append(_shape_line(shape))
+    return lines
+
+
+def _path(chosen: str, dtype: torch.dtype) -> str:
+    if chosen != "cpu":
+        return "PyTorch operators"
+    base = "ATen" if aten_is_fast(dtype) else "panels upcast to float32 (ATen has no fast product for this dtype here)"
+    return f"M <= {SMALL_M}: one C++ call each way; above: base product by {base}"
+
+
+def _shape_line(shape: str) -> str:
+    try:
+        m, k, n = (int(part) for part in shape.lower().split("x"))
+    except ValueError:
+        return f"  --shape {shape!r} is not of the form MxKxN, as 1x4096x4096"
+    if extension.why_missing is not None:
+        return f"  M={m} K={k} N={n}: eager"
+    return f"  M={m} K={k} N={n}: {'one C++ call each way' if m <= SMALL_M else 'primitives: ' + _path('cpu', torch.float32)}"
+
+
+def _self_test() -> tuple[list[str], bool]:
+    lines, healthy = ["self-test against float64 (largest error of y and all gradients, in units of its bound)"], True
+    for backend in dispatch.BACKENDS:
+        for name, dtype in _DTYPES.items():
+            reason = dispatch.why_not(backend, torch.device("cpu"), dtype)
+            if reason is not None:
+                lines.append(f"  {backend:<8}{name:<10}skipped: {reason}")
+                continue
+            for m in (3, 40):
+                try:
+                    ratio = _error_in_bounds(backend, name, m)
+                except RuntimeError as error:
+                    lines.append(f"  {backend:<8}{name:<10}M={m:<4}FAILED: {error}".splitlines()[0])
+                    healthy = False
+                    continue
+                healthy &= ratio <= 1.0
+                lines.append(f"  {backend:<8}{name:<10}M={m:<4}{'ok' if ratio <= 1.0 else 'FAILED'}  {ratio:.2f}")
+    return lines, healthy
+
+
+def _error_in_bounds(backend: str, dtype_name: str, m: int) -> float:
+    """The largest norm-wise error over 2 roundoffs of the formula on absolute values."""
+    k, n, r = 96, 80, 8
+    dtype = _DTYPES[dtype_name]
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((m, k), (n, k), (k, r), (r,), (n, r), (n,), (m, n))
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+    def results(cast: torch.dtype, name: str, absolute: bool) -> list[Tensor]:
+        x, weight, u, sigma, v, bias, dy = (t.to(cast).abs() if absolute else t.to(cast) for t in tensors)
+        leaves = [t.requires_grad_() for t in (x, u, sigma, v, bias)]
+        y = svd_linear(x, weight, u, sigma, v, bias, backend=name)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    worst = 0.0
+    truth, size = results(torch.float64, "eager", False), results(torch.float64, "eager", True)
+    for got, exact, magnitude in zip(results(dtype, backend, False), truth, size, strict=True):
+        bound = 2 * _ROUNDOFF[dtype_name] * float(magnitude.norm())
+        worst = max(worst, float((got.double() - exact).norm()) / bound)
+    return worst

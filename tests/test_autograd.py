@@ -1,0 +1,226 @@
+"""svd_linear inside PyTorch's machinery: saved tensors, autocast, checkpointing, torch.func, torch.compile, operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from svdkern import ops, svd_linear
+from svdkern.backends import dispatch
+
+
+def layer(m: int = 20, k: int = 24, n: int = 32, r: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    shapes = {"x": (m, k), "weight": (n, k), "u": (k, r), "sigma": (r,), "v": (n, r), "bias": (n,)}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def call(t: dict[str, Tensor], **options: object) -> Tensor:
+    return svd_linear(t["x"], t["weight"], t["u"], t["sigma"], t["v"], t["bias"], **options)
+
+
+def trainable(t: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    for name in names:
+        t[name].requires_grad_()
+    return t
+
+
+@pytest.mark.parametrize("m", [4, 64])
+@pytest.mark.parametrize(
+    ("names", "saves_x", "saves_h"),
+    [
+        (("x", "u", "sigma", "v"), True, True),
+        (("x", "sigma"), False, True),
+        (("sigma",), False, True),
+        (("x", "v"), False, True),
+        (("x",), False, False),
+        (("u",), True, False),
+    ],
+)
+def test_saved_tensors(backend: str, m: int, names: tuple[str, ...], saves_x: bool, saves_h: bool) -> None:
+    """x once and by reference, h (M, r), nothing of (M, N) or (K, N); sigma-only saves no x (huggingface/peft#2196)."""
+    t = trainable(layer(m), *names)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: (saved.append(s), s)[1], lambda s: s):
+        call(t, backend=backend)
+    known = {tensor.untyped_storage().data_ptr(): name for name, tensor in t.items()}
+    found = [known.get(s.untyped_storage().data_ptr()) for s in saved]
+    assert ("x" in found) == saves_x
+    assert found.count("x") <= 1
+    fresh = [tuple(s.shape) for s, name in zip(saved, found, strict=True) if name is None and s.dim()]
+    assert fresh == ([(m, 4)] if saves_h else [])
+
+
+def test_nothing_is_saved_without_gradients(backend: str) -> None:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: (saved.append(s), s)[1], lambda s: s):
+        y = call(layer(), backend=backend)
+        with torch.no_grad():
+            call(trainable(layer(), "x", "u"), backend=backend)
+    assert not saved and not y.requires_grad
+
+
+@pytest.mark.parametrize("m", [4, 40])
+def test_inputs_and_saved_tensors_are_never_written(backend: str, m: int) -> None:
+    """Another user of the activation sees it unchanged; a second backward gives the same (axolotl-ai-cloud/axolotl#3800)."""
+    t = trainable(layer(m), "x", "u", "sigma", "v", "bias")
+    other = layer(m)
+    a = t["x"] * 1
+    upstream: list[tuple[Tensor, Tensor, int]] = []
+    y = call(t | {"x": a}, backend=backend) + call(other | {"x": a}, backend=backend)
+    y.register_hook(lambda g: upstream.append((g, g.clone(), g._version)))
+    before = {name: (tensor.detach().clone(), tensor._version) for name, tensor in (t | {"a": a}).items()}
+    loss = y.sum() + (a**2).sum()
+    names = ("x", "u", "sigma", "v", "bias")
+    first = torch.autograd.grad(loss, [t[name] for name in names], retain_graph=True)
+    second = torch.autograd.grad(loss, [t[name] for name in names])
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+    for name, (value, version) in before.items():
+        tensor = a if name == "a" else t[name]
+        assert torch.equal(tensor, value) and tensor._version == version, name
+    assert all(torch.equal(g, copy) and g._version == version for g, copy, version in upstream)
+
+
+def test_second_derivative_is_a_clear_error(backend: str) -> None:
+    t = trainable(layer(), "x", "u")
+    dtype = torch.float64 if backend == "eager" else torch.float32
+    t = {name: tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for name, tensor in t.items()}
+    (dx,) = torch.autograd.grad(call(t, backend=backend).sum(), t["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="svd_linear is differentiable once"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("m", [4, 40])
+def test_autocast(backend: str, m: int) -> None:
+    """x, weight and bias take autocast's dtype, factors and their gradients keep theirs, nothing sticks (unslothai/unsloth#5766)."""
+    t = trainable(layer(m), "u", "sigma", "v", "x")
+    before = call(t, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(t, backend=backend)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    low = {n: s.detach().bfloat16() if n in ("x", "weight", "bias") else s.detach() for n, s in t.items()}
+    assert torch.equal(y, call(low, backend=backend))
+    assert all(t[name].grad.dtype == torch.float32 for name in ("x", "u", "sigma", "v"))
+    assert torch.equal(call(t, backend=backend), before)
+    with torch.no_grad():
+        t["u"].mul_(2.0)
+        t["v"].data.copy_(torch.randn_like(t["v"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        again = call(t, backend=backend)
+    fresh = {name: tensor.detach().clone() for name, tensor in t.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(again, call(fresh, backend=backend))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(backend: str, reentrant: bool) -> None:
+    """The recomputed forward draws the same dropout mask."""
+    t = trainable(layer(), "x", "u", "v")
+    gradients = []
+    for run in (lambda x: call(t | {"x": x}, backend=backend, dropout_p=0.5),) * 2:
+        torch.manual_seed(3)
+        y = checkpoint(run, t["x"], use_reentrant=reentrant) if gradients else run(t["x"])
+        y.sum().backward()
+        gradients.append([t[name].grad for name in ("x", "u", "v")])
+        for name in ("x", "u", "v"):
+            t[name].grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_func_transforms() -> None:
+    t = {name: tensor.double() for name, tensor in layer(6).items()}
+
+    def loss(x: Tensor, u: Tensor) -> Tensor:
+        return call(t | {"x": x, "u": u}).pow(2).sum()
+
+    x, u = t["x"].clone().requires_grad_(), t["u"].clone().requires_grad_()
+    expected = torch.autograd.grad(loss(x, u), (x, u))
+    for got, want in zip(torch.func.grad(loss, (0, 1))(t["x"], t["u"]), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    per_sample = torch.func.vmap(torch.func.grad(loss, 1), (0, None))(t["x"], t["u"])
+    torch.testing.assert_close(per_sample.sum(0), expected[1])
+    stacked = torch.func.vmap(lambda u: call(t | {"u": u}))(torch.stack((t["u"], 2 * t["u"])))
+    torch.testing.assert_close(stacked[1], call(t | {"u": 2 * t["u"]}))
+
+
+@pytest.mark.parametrize("m", [4, 40])
+def test_compile_fullgraph_forward_and_backward(backend: str, m: int) -> None:
+    """One graph, the same numbers as eager, gradients in the factors' dtype."""
+    t = trainable(layer(m, dtype=torch.bfloat16), "x", "bias")
+    t |= {name: t[name].detach().float().requires_grad_() for name in ("u", "sigma", "v")}
+    names = ("x", "u", "sigma", "v", "bias")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s: call(s, backend=backend, scale=torch.tensor(0.5)), fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, lambda s: call(s, backend=backend, scale=torch.tensor(0.5))):
+        y = function(t)
+        results.append([y.detach(), *torch.autograd.grad(y.float().pow(2).sum(), [t[name] for name in names])])
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+def test_compile_does_not_recompile_for_a_scale() -> None:
+    """Forty layers with forty scales are a compile or two, and a changed scale takes effect (Comfy-Org/ComfyUI#9289)."""
+    t = layer()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda s, scale: call(s, scale=scale), fullgraph=True, backend=counter)
+    for step in range(40):
+        scale = torch.tensor(1.0 + step)
+        torch.testing.assert_close(compiled(t, scale), call(t, scale=scale))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("form", ["sigma", "core", "gate", "group", "none"])
+def test_opcheck(form: str) -> None:
+    """Schema, fake kernels and tracing of both operators, for inputs that do not require grad."""
+    m, k, n, r = 5, 8, 6, 3
+    x, weight, u, v, bias, dy = (torch.randn(s) for s in ((m, k), (n, k), (k, r), (n, r), (n,), (m, n)))
+    sigma = torch.randn(r) if form == "sigma" else None
+    core = torch.randn(r, r) if form == "core" else None
+    gate = torch.rand(2, r) if form == "group" else torch.rand(m, 2) if form == "gate" else None
+    index = torch.randint(0, 2, (m,)) if form == "group" else torch.tensor([[0, 2]] * m) if form == "gate" else None
+    scale, rng = torch.tensor(0.5), torch.tensor([1, 2])
+    threshold = 20000 if form == "none" else 0
+    forward = (x, weight, u, sigma, v, bias, scale, core, gate, index, rng, threshold, "")
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.svd_linear_forward, forward, test_utils=tests)
+    _, h = ops.svd_linear_forward(*forward)
+    want = [True, True, True, sigma is not None, True, True, True, core is not None, gate is not None]
+    backward = (dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng, threshold, "", want)
+    torch.library.opcheck(ops.svd_linear_backward, backward, test_utils=tests)
+
+
+# ---- dispatch ------------------------------------------------------------------------------------------------------
+
+
+def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 3)
+    try:
+        monkeypatch.setenv("SVDKERN_BACKEND", "eager")
+        dispatch.read_environment()
+        assert dispatch.choose(x, None).name == "eager"
+        monkeypatch.setenv("SVDKERN_BACKEND", "cpuu")
+        with pytest.raises(ValueError, match=r"SVDKERN_BACKEND is 'cpuu', expected one of eager, cpu; did you mean 'cpu'"):
+            dispatch.read_environment()
+        monkeypatch.delenv("SVDKERN_BACKEND")
+        monkeypatch.setenv("SVDKERN_STRICT", "1")
+        dispatch.read_environment()
+        with pytest.raises(RuntimeError, match=r"SVDKERN_STRICT=1 and backend 'cpu' cannot be used"):
+            dispatch.choose(x.double(), "cpu")
+        assert dispatch.choose(x.double(), None).name == "eager"
+    finally:
+        monkeypatch.undo()
+        dispatch.read_environment()
+
+
+def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch.read_environment()
+    with caplog.at_level("WARNING", logger="svdkern"):
+        for _ in range(3):
+            assert dispatch.choose(torch.randn(2, 2, dtype=torch.float64), "cpu").name == "eager"
+    assert len(caplog.records) == 1
+    assert "falling back to the eager backend" in caplog.text
