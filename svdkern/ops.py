@@ -42,7 +42,14 @@ def _backward(  # type: ignore[no-untyped-def]
     gradients = choose(dy, backend or None).backward(
         dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, Gradients(*want)
     )
-    return [gradient for gradient in gradients if gradient is not None]
+    laid_out = (gradients.x, weight, u, sigma, v, gradients.bias, scale, core, gate)
+    return [_like(found, like) for found, like in zip(gradients, laid_out, strict=True) if found is not None]
+
+
+def _like(found: Tensor, like: Tensor) -> Tensor:
+    """``found`` with the strides that the fake kernel promises: those of ``empty_like``."""
+    promised = torch.empty_like(like, device="meta").stride()
+    return found if found.stride() == promised else torch.empty_like(like, dtype=found.dtype).copy_(found)
 
 
 def _forward_fake(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):  # type: ignore[no-untyped-def]
