@@ -1,14 +1,16 @@
-"""Builds ``svdkern._C``: one shared library on LibTorch's stable ABI and CPython's limited API, compiled through ninja.
+"""Build of svdkern: pure Python plus one extension, ``svdkern._C`` (LibTorch Stable ABI, CPython abi3), built by ninja.
 
-The wheel it makes (cp310-abi3) runs with every Python >= 3.10 and torch >= 2.11, on CPUs with and without AVX: each
-instruction set is a translation unit of its own, chosen when the library runs. Where torch or a C++ compiler is missing, or
-SVDKERN_BUILD=0, the result is a pure-Python package and one line says what is lost. Nothing is downloaded.
+One wheel serves every CPython >= 3.10 and every torch >= 2.11. Without a compiler or torch in the build environment, or with
+``SVDKERN_BUILD=0``, the wheel is pure Python and one line says what it lacks. Nothing is downloaded.
+
+Environment: ``CXX``, ``CC``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS``, ``SVDKERN_BUILD``.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,141 +21,157 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent.resolve()
-CSRC = ROOT / "csrc"
-LOST = "svdkern is built without its compiled kernels ({}): every call takes the slower eager backend"
+ROOT = Path(__file__).parent
+BYTES_PER_JOB = 1 << 30  # what one compiler may need
+TORCH_TARGET = "0x020a000000000000"  # the oldest stable ABI that is spoken: torch 2.10
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 
-COMMON = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-CXX = ["-std=c++20", "-fvisibility-inlines-hidden", *COMMON]
-# One file an instruction set. -ffp-contract=fast: a * b + c is one FMA where there is one.
-X86_LEVELS = {
-    "baseline": ["-march=x86-64-v2"],
-    "avx2": ["-march=x86-64-v2", "-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-march=x86-64-v2", *"-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl".split()],
-    "avx512_bf16": [
-        "-march=x86-64-v2", *"-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16".split(),
-    ],
-}  # fmt: skip
-
-
-def levels() -> dict[str, list[str]]:
-    """The flags of every instruction set that this architecture has a file for."""
-    return X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"neon": []}
+# Kernel files: one translation unit an instruction set, chosen at run time; each FMA is meant, so contraction is allowed.
+KERNELS_X86 = {
+    "csrc/cpu/isa_baseline.cpp": "-msse4.2 -mpopcnt -ffp-contract=fast",
+    "csrc/cpu/isa_avx2.cpp": "-mavx2 -mfma -mf16c -ffp-contract=fast",
+    "csrc/cpu/isa_avx512.cpp": f"{AVX512} -ffp-contract=fast",
+    "csrc/cpu/isa_avx512_bf16.cpp": f"{AVX512} -mavx512bf16 -ffp-contract=fast",
+}
+KERNELS_OTHER = {"csrc/cpu/isa_baseline.cpp": "-ffp-contract=fast"}
+# The exact residual is defined by its roundings: no FMA.
+KERNELS_COMMON = {"csrc/cpu/select.cpp": "", "csrc/cpu/residual.cpp": "-ffp-contract=off"}
+# CUDA sources (csrc/cuda/*.cu) join here: a second table with its own ninja rule (nvcc -cudart static, -Xcompiler -fPIC),
+# used where nvcc is found; their objects go into the same link.
 
 
-def why_pure() -> str | None:
-    """None if the extension can be built here, else why not."""
-    if os.environ.get("SVDKERN_BUILD", "1") == "0":
-        return "SVDKERN_BUILD=0"
-    if sys.platform != "linux":
-        return f"no build for {sys.platform} yet"
-    if shutil.which(compilers()[1].split()[0]) is None:
-        return f"no C++ compiler {compilers()[1]!r}"
-    if find_ninja() is None:
-        return "no ninja"
-    try:
-        import torch  # noqa: F401  (only here: an environment without torch still gets a package)
-    except ImportError:
-        return "no torch where it is built; use --no-build-isolation with torch installed"
-    return None
-
-
-def compilers() -> tuple[str, str]:
-    """The C and the C++ compiler."""
-    return os.environ.get("CC", "gcc"), os.environ.get("CXX", "g++")
-
-
-def find_ninja() -> str | None:
-    """The ninja program, from the environment's PyPI package or the PATH."""
-    beside = Path(sys.executable).with_name("ninja")
-    if beside.exists():
-        return str(beside)
-    try:
-        import ninja
-
-        return str(Path(ninja.BIN_DIR) / "ninja")
-    except ImportError:
-        return shutil.which("ninja")
+def kernel_sources() -> dict[str, str]:
+    """Torch-free sources and their own flags for the machine that is built on; the tests build their module from them too."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return {**(KERNELS_X86 if x86 else KERNELS_OTHER), **KERNELS_COMMON}
 
 
 def jobs() -> int:
-    """As many compilers at once as there are cores, and a gigabyte of free memory for each."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
-    return max(1, min(len(os.sched_getaffinity(0)), free))
+    """Parallel compilers: MAX_JOBS, or as many as cores and free memory allow."""
+    if os.environ.get("MAX_JOBS", "").isdigit():
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return cores
+    return max(1, min(cores, free // BYTES_PER_JOB))
 
 
-class BuildWithNinja(build_ext):
-    """Writes a build.ninja and runs it: parallel, and only what changed."""
+def compiler(variable: str, default: str) -> list[str] | None:
+    """The command of a compiler, None where there is none."""
+    command = shlex.split(os.environ.get(variable, "")) or [default]
+    return command if shutil.which(command[0]) else None
 
-    def run(self) -> None:
-        reason = why_pure()
-        if reason is None:
-            super().run()
-        else:
-            print(LOST.format(reason), file=sys.stderr)
+
+def ninja() -> str | None:
+    """The ninja of the build environment, or of the machine."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja")
+    return str(Path(BIN_DIR) / "ninja")
+
+
+def torch_directory() -> Path | None:
+    """Where torch is installed; it is looked for, not imported (importing it costs seconds)."""
+    from importlib.util import find_spec
+
+    spec = find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def missing() -> str | None:
+    """Why the extension cannot be built, None if it can."""
+    if os.environ.get("SVDKERN_BUILD") == "0":
+        return "SVDKERN_BUILD=0"
+    if sys.platform != "linux":
+        return f"no kernels for {sys.platform} yet"
+    if compiler("CXX", "g++") is None or compiler("CC", "gcc") is None:
+        return "no C++ compiler (g++, or CXX and CC)"
+    if ninja() is None:
+        return "no ninja"
+    torch = torch_directory()
+    if torch is None:
+        return "no torch in the build environment (pip install --no-build-isolation builds against yours)"
+    if not (torch / "include/torch/csrc/stable/library.h").exists():
+        return f"{torch} has no stable-ABI headers (torch >= 2.10)"
+    return None
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja and runs it; the library is linked aside and renamed, so a running import never sees half of it."""
 
     def build_extension(self, ext: Extension) -> None:
-        import torch
-
-        folder = (ROOT / "build" / f"native-{platform.machine()}").resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        library = folder / "_C.abi3.so"
-        (folder / "build.ninja").write_text(self._rules(Path(torch.__file__).parent, library))
-        ninja = find_ninja()
-        assert ninja is not None
-        subprocess.run([ninja, "-C", str(folder), "-j", str(jobs())], check=True)
-        target = Path(self.get_ext_fullpath(ext.name))
+        torch = torch_directory()
+        assert torch is not None
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(target.name + ".new")  # a running process keeps the file that it has mapped
-        shutil.copy2(library, beside)
-        os.replace(beside, target)
+        linked = build / "_C.abi3.so"
+        (build / "build.ninja").write_text(self.rules(torch, linked))
+        subprocess.run([str(ninja()), "-C", str(build), "-j", str(jobs()), "--quiet"], check=True)
+        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copy2(linked, aside)
+        aside.replace(target)
 
-    def _rules(self, torch_home: Path, library: Path) -> str:
-        cc, cxx = compilers()
-        torch_flags = f"-isystem {torch_home}/include -DTORCH_TARGET_VERSION=0x020a000000000000"
-        python_flags = f"-I{sysconfig.get_paths()['include']}"
-        edges: list[tuple[str, Path, str]] = [
-            ("c", CSRC / "module.c", python_flags),
-            ("cxx", CSRC / "ops.cpp", torch_flags),
-            ("cxx", CSRC / "cpu" / "select.cpp", ""),
-            # The exact residual is defined without fused multiply-add.
-            ("cxx", CSRC / "cpu" / "residual.cpp", "-ffp-contract=off"),
-        ]
-        # CUDA sources will join here: an edge of an nvcc rule each, their objects in the same link.
-        for name, flags in levels().items():
-            edges.append(("cxx", CSRC / "cpu" / f"isa_{name}.cpp", " ".join(["-ffp-contract=fast", *flags])))
+    def rules(self, torch: Path, linked: Path) -> str:
+        warnings = "-Wall -Wextra -Werror"
+        common = f"-O3 -fPIC -fvisibility=hidden {warnings}"
+        cxx = " ".join(compiler("CXX", "g++") or [])
+        cc = " ".join(compiler("CC", "gcc") or [])
+        extra = os.environ.get("CXXFLAGS", "")
+        sources = {
+            **kernel_sources(),
+            "csrc/ops.cpp": f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {torch / 'include'}",
+        }
         lines = [
-            f"cflags = {' '.join(COMMON)}",
-            f"cxxflags = {' '.join(CXX)}",
-            f"rule c\n  command = {cc} -MMD -MF $out.d $cflags $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule cxx\n  command = {cxx} -MMD -MF $out.d $cxxflags $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = {cxx} -shared -o $out $in -Wl,--version-script={CSRC}/exports.map"
-            f" -Wl,--as-needed -L{torch_home}/lib -ltorch -ltorch_cpu -lc10",
+            "ninja_required_version = 1.5",
+            f"rule cxx\n  command = {cxx} -std=c++20 {common} {extra} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = $in",
+            f"rule cc\n  command = {cc} {common} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = $in",
+            f"rule link\n  command = {cxx} -shared -Wl,--version-script={ROOT.resolve() / 'csrc/exports.map'} "
+            f"-Wl,--as-needed -Wl,-z,defs -o $out $in -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10 "
+            f"{os.environ.get('LDFLAGS', '')}",
+            "  description = $out",
         ]
         objects = []
-        for rule, source, flags in edges:
-            objects.append(f"{source.stem}.o")
-            lines.append(f"build {objects[-1]}: {rule} {source}\n  flags = {flags}")
-        lines.append(f"build {library.name}: link {' '.join(objects)} | {CSRC}/exports.map")
-        lines.append(f"default {library.name}")
+        for source, flags in sources.items():
+            objects.append(f"{Path(source).stem}.o")
+            lines.append(f"build {objects[-1]}: cxx {ROOT.resolve() / source}\n  flags = {flags}")
+        include = sysconfig.get_paths()["include"]
+        lines.append(f"build module.o: cc {ROOT.resolve() / 'csrc/module.c'}\n  flags = -I{include}")
+        exports = ROOT.resolve() / "csrc/exports.map"
+        lines.append(f"build {linked.name}: link {' '.join(objects)} module.o | {exports}")
         return "\n".join(lines) + "\n"
 
 
-class AbiWheel(bdist_wheel):
+class Abi3Wheel(bdist_wheel):
     """cp310-abi3 with the extension, py3-none-any without."""
 
     def finalize_options(self) -> None:
-        super().finalize_options()
-        if why_pure() is None:
+        if self.distribution.ext_modules:
             self.py_limited_api = "cp310"
-        else:
-            self.root_is_pure = True
-
-    def get_tag(self) -> tuple[str, str, str]:
-        return super().get_tag() if why_pure() is None else ("py3", "none", "any")
+        super().finalize_options()
 
 
-setup(
-    ext_modules=[Extension("svdkern._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": AbiWheel},
-)
+def extensions() -> list[Extension]:
+    """The extension, or an empty list and one line on what is lost."""
+    commands = {"build_ext", "bdist_wheel", "build", "install", "develop", "editable_wheel"}
+    if not commands & set(sys.argv):
+        return [Extension("svdkern._C", [], py_limited_api=True)]
+    reason = missing()
+    if reason is None:
+        return [Extension("svdkern._C", [], py_limited_api=True)]
+    print(
+        f"svdkern: {reason}: building without compiled kernels, every call will use PyTorch's own operators",
+        file=sys.stderr,
+    )
+    return []
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Abi3Wheel})

@@ -44,16 +44,18 @@ class SVDLinearFunction(torch.autograd.Function):
     """apply(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate) -> y."""
 
     @staticmethod
-    def forward(ctx, backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate):
         y, h = run_forward(backend, x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         want = Gradients._make(ctx.needs_input_grad[4:])
         kept_x, kept_h = _saved(want, x, h)
-        ctx.save_for_backward(kept_x, weight if want.x or want.weight else None, u, sigma, v, scale, core, gate, index, kept_h, rng_state)
+        ctx.save_for_backward(
+            kept_x, weight if want.x or want.weight else None, u, sigma, v, scale, core, gate, index, kept_h, rng_state
+        )
         ctx.rest = backend, threshold, want
         return y
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, dy):
         backend, threshold, want = ctx.rest
         x, weight, u, sigma, v, scale, core, gate, index, h, rng_state = ctx.saved_tensors
         twice = torch.is_grad_enabled()
@@ -106,13 +108,13 @@ class OperatorFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate):  # type: ignore[no-untyped-def,override]
+    def forward(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate):
         return ops.svd_linear_forward(
             x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend
         )
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def,override]
+    def setup_context(ctx, inputs, output):
         backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate = inputs
         _, h = output
         ctx.mark_non_differentiable(h)
@@ -122,7 +124,7 @@ class OperatorFunction(torch.autograd.Function):
         ctx.rest = backend, threshold, want
 
     @staticmethod
-    def backward(ctx, dy, _dh):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, dy, _dh):
         backend, threshold, want = ctx.rest
         x, weight, u, sigma, v, scale, core, gate, index, h, rng_state = ctx.saved_tensors
         found = iter(

@@ -141,15 +141,18 @@ def _error_in_bounds(backend: str, dtype_name: str, m: int) -> float:
     shapes = ((m, k), (n, k), (k, r), (r,), (n, r), (n,), (m, n))
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
-    def results(cast: torch.dtype, name: str, absolute: bool) -> list[Tensor]:
+    def results(cast: torch.dtype, backend: str | None, absolute: bool = False) -> list[Tensor]:
         x, weight, u, sigma, v, bias, dy = (t.to(cast).abs() if absolute else t.to(cast) for t in tensors)
         leaves = [t.requires_grad_() for t in (x, u, sigma, v, bias)]
-        y = svd_linear(x, weight, u, sigma, v, bias, backend=name)
+        if backend is None:
+            y = torch.nn.functional.linear(x, weight, bias) + ((x @ u) * sigma) @ v.t()
+        else:
+            y = svd_linear(x, weight, u, sigma, v, bias, backend=backend)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
     worst = 0.0
-    truth, size = results(torch.float64, "eager", False), results(torch.float64, "eager", True)
-    for got, exact, magnitude in zip(results(dtype, backend, False), truth, size, strict=True):
+    truth, size = results(torch.float64, None), results(torch.float64, None, absolute=True)
+    for got, exact, magnitude in zip(results(dtype, backend), truth, size, strict=True):
         bound = 2 * _ROUNDOFF[dtype_name] * float(magnitude.norm())
         worst = max(worst, float((got.double() - exact).norm()) / bound)
     return worst

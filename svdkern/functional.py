@@ -89,9 +89,7 @@ def svd_linear(
     if x.dim() != 2:
         x = x.reshape(-1, shape[-1])
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        y = _by_operators(
-            backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate_values
-        )
+        y = _by_operators(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate_values)
     elif torch.is_grad_enabled() and (
         x.requires_grad
         or u.requires_grad
@@ -120,9 +118,7 @@ def _by_operators(
     return y
 
 
-def _autocast(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if x.dtype == torch.float64:  # PyTorch's own linear leaves float64 alone, too
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)

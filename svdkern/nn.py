@@ -319,7 +319,7 @@ class SVDLinear(nn.Module):
         if kept is not None:
             destination[prefix + "residual"] = kept if keep_vars else kept.detach()
 
-    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         """A state_dict is unmerged, so the layer is unmerged by loading one."""

@@ -1,7 +1,9 @@
 """The two public operators, for ``torch.compile``, ``torch.export`` and ``torch.func``.
 
-    svdkern::svd_linear_forward   (x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend) -> (y, h)
-    svdkern::svd_linear_backward  (dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want) -> gradients
+    svdkern::svd_linear_forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend)
+        -> (y, h)
+    svdkern::svd_linear_backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want)
+        -> gradients
 
 They call the same backend objects as the eager path and exist because a compiler needs an opaque call with a schema and a
 shape rule. **A raw operator is not differentiable**: ``svdkern.svd_linear`` is. ``x`` is (M, K); ``h`` is (M, r) in the
@@ -30,15 +32,13 @@ _library.define(
 )
 
 
-def _forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):  # type: ignore[no-untyped-def]
+def _forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):
     return choose(x, backend or None).forward(
         x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold
     )
 
 
-def _backward(  # type: ignore[no-untyped-def]
-    dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want
-):
+def _backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want):
     gradients = choose(dy, backend or None).backward(
         dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, Gradients(*want)
     )
@@ -52,23 +52,21 @@ def _like(found: Tensor, like: Tensor) -> Tensor:
     return found if found.stride() == promised else torch.empty_like(like, dtype=found.dtype).copy_(found)
 
 
-def _forward_fake(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):  # type: ignore[no-untyped-def]
+def _forward_fake(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):
     h = x.new_empty(x.shape[0], u.shape[1], dtype=accumulator_dtype(x.dtype))
     return x.new_empty(x.shape[0], v.shape[0]), h
 
 
-def _backward_fake(  # type: ignore[no-untyped-def]
-    dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want
-):
+def _backward_fake(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want):
     dx_and_bias = (dy.new_empty(dy.shape[0], u.shape[0]), dy.new_empty(v.shape[0]))
     like = Gradients(dx_and_bias[0], weight, u, sigma, v, dx_and_bias[1], scale, core, gate)
     return [torch.empty_like(tensor) for tensor, wanted in zip(like, want, strict=True) if wanted]
 
 
-def _batched(op):  # type: ignore[no-untyped-def]
+def _batched(op):
     """A vmap rule: one call an example. Right for every mix of batched and shared arguments."""
 
-    def rule(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    def rule(info, in_dims, *args):
         results = []
         for example in range(info.batch_size):
             picked = [

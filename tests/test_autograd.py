@@ -93,7 +93,7 @@ def test_second_derivative_is_a_clear_error(backend: str) -> None:
 
 @pytest.mark.parametrize("m", [4, 40])
 def test_autocast(backend: str, m: int) -> None:
-    """x, weight and bias take autocast's dtype, factors and their gradients keep theirs, nothing sticks (unslothai/unsloth#5766)."""
+    """x, weight and bias take autocast's dtype, factors keep theirs, nothing sticks (unslothai/unsloth#5766)."""
     t = trainable(layer(m), "u", "sigma", "v", "x")
     before = call(t, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
@@ -152,7 +152,9 @@ def test_compile_fullgraph_forward_and_backward(backend: str, m: int) -> None:
     t |= {name: t[name].detach().float().requires_grad_() for name in ("u", "sigma", "v")}
     names = ("x", "u", "sigma", "v", "bias")
     torch._dynamo.reset()
-    compiled = torch.compile(lambda s: call(s, backend=backend, scale=torch.tensor(0.5)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda s: call(s, backend=backend, scale=torch.tensor(0.5)), fullgraph=True, backend="aot_eager"
+    )
     results = []
     for function in (compiled, lambda s: call(s, backend=backend, scale=torch.tensor(0.5))):
         y = function(t)
@@ -204,7 +206,9 @@ def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.read_environment()
         assert dispatch.choose(x, None).name == "eager"
         monkeypatch.setenv("SVDKERN_BACKEND", "cpuu")
-        with pytest.raises(ValueError, match=r"SVDKERN_BACKEND is 'cpuu', expected one of eager, cpu; did you mean 'cpu'"):
+        with pytest.raises(
+            ValueError, match=r"SVDKERN_BACKEND is 'cpuu', expected one of eager, cpu; did you mean 'cpu'"
+        ):
             dispatch.read_environment()
         monkeypatch.delenv("SVDKERN_BACKEND")
         monkeypatch.setenv("SVDKERN_STRICT", "1")

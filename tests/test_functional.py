@@ -50,7 +50,9 @@ def plain(o: dict[str, Tensor | None], mask: Tensor | None = None) -> Tensor:
 
 
 def fused(o: dict[str, Tensor | None], **options: object) -> Tensor:
-    return svd_linear(o["x"], o["weight"], o["u"], o["sigma"], o["v"], o["bias"], scale=o["scale"], core=o["core"], **options)
+    return svd_linear(
+        o["x"], o["weight"], o["u"], o["sigma"], o["v"], o["bias"], scale=o["scale"], core=o["core"], **options
+    )
 
 
 def run(function, o, dy, wanted):  # type: ignore[no-untyped-def]
@@ -188,7 +190,9 @@ def test_expanded_and_permuted_activations(backend: str, m: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(m=st.integers(0, 40), k=st.integers(1, 70), n=st.integers(1, 70), r=st.integers(0, 24), seed=st.integers(0, 2**31))
+@given(
+    m=st.integers(0, 40), k=st.integers(1, 70), n=st.integers(1, 70), r=st.integers(0, 24), seed=st.integers(0, 2**31)
+)
 def test_any_shape(m: int, k: int, n: int, r: int, seed: int) -> None:
     torch.manual_seed(seed)
     o = operands(m, k, n, r)

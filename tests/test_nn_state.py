@@ -57,7 +57,7 @@ def test_merged_state_dict_loads_into_a_fresh_layer() -> None:
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    for fresh in (trained_layer("pissa"), SVDLinear.fromlinear_of(linear_of(), 5, "pissa")):
+    for fresh in (trained_layer("pissa"), SVDLinear.from_linear(linear_of(), 5, "pissa")):
         fresh.merge()
         fresh.load_state_dict(torch.load(file))
         assert torch.equal(fresh(x), y0) and not fresh.merged
@@ -109,7 +109,7 @@ def test_a_shared_weight_is_never_written_to(method: str) -> None:
     head = nn.Linear(24, 18, bias=False)
     head.weight = embedding.weight
     before = bits_of(embedding.weight)
-    layer = SVDLinear.fromlinear_of(head, 4, method)
+    layer = SVDLinear.from_linear(head, 4, method)
     with torch.no_grad():
         layer.v += 1.0
     layer.merge()
@@ -199,7 +199,7 @@ def test_meta_device(method: str) -> None:
     layer = SVDLinear(24, 18, 5, method=method, alpha=2.0, device="meta", dtype=torch.bfloat16)
     assert all(p.is_meta for p in layer.parameters()) and layer.u.dtype == torch.float32
     assert layer.weight.is_meta and layer.weight.dtype == torch.bfloat16
-    source = SVDLinear.fromlinear_of(linear_of(dtype=torch.bfloat16), 5, method, alpha=2.0)
+    source = SVDLinear.from_linear(linear_of(dtype=torch.bfloat16), 5, method, alpha=2.0)
     layer.to_empty(device="cpu")
     layer.load_state_dict(source.state_dict())
     x = activations(dtype=torch.bfloat16)
@@ -217,7 +217,7 @@ def test_forward_on_meta() -> None:
 
 
 def test_casts_do_not_round_the_initial_factors() -> None:
-    layer = SVDLinear.fromlinear_of(linear_of(), 5, "sorsa")
+    layer = SVDLinear.from_linear(linear_of(), 5, "sorsa")
     before = {name: bits_of(b) for name, b in layer.named_buffers() if name != "fingerprint"}
     layer.to(torch.bfloat16).half().double().float()
     assert {name: bits_of(b) for name, b in layer.named_buffers() if name != "fingerprint"} == before

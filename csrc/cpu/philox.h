@@ -20,7 +20,7 @@ typedef uint64_t U64 __attribute__((vector_size(8 * L64)));
 // Low halves of the lanes multiplied to 64 bits; high halves of the inputs are ignored.
 inline U64 multiply_low(U64 a, uint32_t b) {
 #if defined(__AVX512F__)
-  return bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
+  return bit_cast<U64>(_mm512_maskz_mul_epu32(0xff, bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
 #elif defined(__AVX2__)
   return bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
 #elif defined(__SSE2__)

@@ -54,29 +54,25 @@ inline void dot_tiles(F* lanes, const float* a, int64_t lda, int rows, const T* 
 // How many rows of B a dots tile takes for this many rows of A: accumulators fill the registers, and hide FMA latency.
 constexpr int dot_width(int rows) { return rows == 1 ? 8 : many_registers || rows <= 3 ? 4 : 2; }
 
-// Calls body(std::integral_constant-like J) with dot_width(rows).
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+
+// Calls body(Width<dot_width(rows)>).
 template <class Body>
 inline void with_dot_width(int rows, const Body& body) {
-  struct Eight {
-    static constexpr int value = 8;
-  };
-  struct Four {
-    static constexpr int value = 4;
-  };
-  struct Two {
-    static constexpr int value = 2;
-  };
   switch (dot_width(rows)) {
     case 8:
-      return body(Eight{});
+      return body(Width<8>{});
     case 4:
-      return body(Four{});
+      return body(Width<4>{});
     default:
-      return body(Two{});
+      return body(Width<2>{});
   }
 }
 
-// Columns first ... first + V W of C; `tail` < W: only so many of the last vector's columns exist in B.
+// V vectors of columns of C; `tail` < W: only so many of the last vector's columns exist in B.
 template <class T, int I, int V, bool Tail>
 inline void rank_tile(float* c, int64_t ldc, const float* a, int64_t lda, const T* b, int64_t ldb, int64_t depth,
                       int64_t tail, int64_t prefetch) {

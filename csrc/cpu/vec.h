@@ -1,6 +1,7 @@
 // One float vector of W lanes and the three storage types, chosen by the flags of the file that includes this one.
 // GCC/Clang vector extensions do the arithmetic (a * b + c is one FMA where the target has it: -ffp-contract=fast);
-// intrinsics only where the extensions have no word for it: masks, half precision.
+// intrinsics only where the extensions have no word for it: masks, half precision. (The maskz forms with a full mask are
+// there because GCC 12 warns of its own headers' "undefined" pass-through operands in the plain ones.)
 // Everything is in an unnamed namespace: each instruction set compiles its own copy and the linker can never mix them.
 #pragma once
 
@@ -57,16 +58,21 @@ inline To bit_cast(const From& from) {
 
 inline F splat(float x) { return x - F{}; }
 
-inline float sum(F v) {  // pairwise, so the same order whatever the compiler does with it
-  float lane[W];
-  std::memcpy(lane, &v, sizeof(v));
+inline float sum(F v) {  // in halves, the same tree on every compiler
 #if defined(__AVX512F__)
-  (void)lane;
-  return _mm512_reduce_add_ps(v);
+  struct Halves {
+    __m256 low, high;
+  };
+  const Halves halves = bit_cast<Halves>(v);
+  const __m256 v8 = halves.low + halves.high;
+#elif defined(__AVX2__)
+  const __m256 v8 = v;
+#endif
+#if defined(__AVX2__)
+  const __m128 v4 = _mm256_castps256_ps128(v8) + _mm256_extractf128_ps(v8, 1);
+  return (v4[0] + v4[2]) + (v4[1] + v4[3]);
 #else
-  for (int width = W / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
 }
 
@@ -75,7 +81,7 @@ inline F upcast(U16 v, bf16) { return bit_cast<F>(__builtin_convertvector(v, U32
 
 inline F upcast(U16 v, f16) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(bit_cast<__m256i>(v));
+  return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(bit_cast<__m128i>(v));
 #else
@@ -97,7 +103,7 @@ inline U16 downcast(F v, bf16) {
 
 inline U16 downcast(F v, f16) {
 #if defined(__AVX512F__)
-  return bit_cast<U16>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return bit_cast<U16>(_mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   return bit_cast<U16>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svdkern.backends.eager import EagerBackend
-from svdkern.backends.formula import Backend, Gradients
+from svdkern.backends.formula import Gradients
 from svdkern.backends.philox import DROPS_ALL
 
 SMALL_M = 16
@@ -93,7 +93,18 @@ class CpuBackend(EagerBackend):
             )
             found = iter(
                 torch.ops.svdkern._cpu_backward.default(
-                    dy, x if want.u else None, _as(weight, dy.dtype), u, sigma, v, scale, core, h, rng_state, threshold, mask
+                    dy,
+                    x if want.u else None,
+                    _as(weight, dy.dtype),
+                    u,
+                    sigma,
+                    v,
+                    scale,
+                    core,
+                    h,
+                    rng_state,
+                    threshold,
+                    mask,
                 )
             )
             dweight = None
@@ -111,9 +122,7 @@ class CpuBackend(EagerBackend):
                 core=next(found) if want.core else None,
                 gate=None,
             )
-        return super().backward(
-            dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want
-        )
+        return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
 
     def shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
         if threshold or a.shape[0] <= SMALL_M or not aten_is_fast(a.dtype):

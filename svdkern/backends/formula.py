@@ -14,7 +14,7 @@ matrices that the public functions have checked; no argument is ever written to.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +25,15 @@ from svdkern.backends.philox import DROPS_ALL
 class Gradients(NamedTuple):
     """Which gradients are wanted (bools), or the gradients themselves (``None`` where not wanted)."""
 
-    x: object
-    weight: object
-    u: object
-    sigma: object
-    v: object
-    bias: object
-    scale: object
-    core: object
-    gate: object
+    x: Any
+    weight: Any
+    u: Any
+    sigma: Any
+    v: Any
+    bias: Any
+    scale: Any
+    core: Any
+    gate: Any
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -140,21 +140,22 @@ class Backend:
     ) -> Gradients:
         """The wanted gradients; x may be None unless u or weight is wanted, h unless v, sigma, scale, core or gate is."""
         dx = dweight = du = dsigma = dv = dbias = dscale = dcore = dgate = None
+        p: Tensor | None = None
+        t: Tensor | None = None
+        q: Tensor | None = None
+        branch_q: Tensor | None = None  # what reaches dx: nothing where everything is dropped
         if threshold == DROPS_ALL:
-            zero_q = dy.new_zeros(dy.shape[0], u.shape[1], dtype=accumulator_dtype(dy.dtype))
-            p = t = q = zero_q
-            adapter_q = None
+            p = t = q = dy.new_zeros(dy.shape[0], u.shape[1], dtype=accumulator_dtype(dy.dtype))
             rng_state, threshold = None, 0
         else:
-            p = t = q = adapter_q = None
             if want.x or want.u or want.sigma or want.scale or want.core or want.gate:
                 p = self.shrink(dy, v, None, 0)
                 t = p * scale.to(p.dtype)
                 if gate is not None:
                     t = t * gate_rows(gate.to(p.dtype), index, dy.shape[0], v.shape[1])
-                q = adapter_q = _transposed_modulation(t, sigma, core)
+                q = branch_q = _transposed_modulation(t, sigma, core)
         if want.x:
-            dx = self.linear(dy, weight, adapter_q, u, None, rng_state, threshold)
+            dx = self.linear(dy, weight, branch_q, u, None, rng_state, threshold)
         if want.weight:
             assert x is not None and weight is not None
             dweight = self.weight_gradient(dy, x, weight)
@@ -184,7 +185,9 @@ class Backend:
         return Gradients(dx, dweight, du, dsigma, dv, dbias, dscale, dcore, dgate)
 
 
-def _modulated(h: Tensor, sigma: Tensor | None, core: Tensor | None, gate: Tensor | None, index: Tensor | None) -> Tensor:
+def _modulated(
+    h: Tensor, sigma: Tensor | None, core: Tensor | None, gate: Tensor | None, index: Tensor | None
+) -> Tensor:
     z = h
     if core is not None:
         z = torch.mm(h, core.to(h.dtype))

@@ -1,0 +1,65 @@
+"""The command line: what doctor says, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from svdkern import cli
+from svdkern.backends import extension
+
+
+def test_doctor_tests_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--shape", "1x4096x4096"]) == 0
+    said = capsys.readouterr().out
+    assert f"torch         {torch.__version__}" in said
+    assert "M=1 K=4096 N=4096" in said
+    assert "FAILED" not in said
+    assert said.count("ok") >= 8
+    if extension.why_missing is None:
+        assert f"in use: {torch.ops.svdkern._cpu_isa()}" in said
+        assert "cpu     float16   M=3   ok" in said
+
+
+def test_doctor_fails_where_a_backend_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from svdkern.backends import dispatch
+
+    eager = dispatch.BACKENDS["eager"]
+    monkeypatch.setattr(eager, "outer", lambda a, q, like, rng, t: torch.zeros_like(like), raising=False)
+    assert cli.main(["doctor"]) == 1
+    assert "eager   float32   M=3   FAILED" in capsys.readouterr().out
+
+
+def test_an_unknown_instruction_set_is_named() -> None:
+    """A forced instruction set that is not there is an error that lists those that are."""
+    if extension.why_missing is not None:
+        pytest.skip("needs the compiled extension")
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch, svdkern; print(torch.ops.svdkern._cpu_isa())"],
+        env=os.environ | {"SVDKERN_CPU_ISA": "avx1024"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "avx1024" in done.stderr and "baseline" in done.stderr
+
+
+def test_strict_makes_a_missing_extension_an_error() -> None:
+    code = (
+        "import sys; sys.modules['svdkern._C'] = None\n"
+        "import torch, svdkern\n"
+        "x = torch.ones(2, 3)\n"
+        "svdkern.svd_linear(x, torch.ones(4, 3), torch.ones(3, 1), None, torch.ones(4, 1))"
+    )
+    strict = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"SVDKERN_STRICT": "1"}, capture_output=True, text=True
+    )
+    assert strict.returncode != 0
+    assert "SVDKERN_STRICT=1 and backend 'cpu' cannot be used: the compiled extension is not there" in strict.stderr
+    lenient = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert lenient.returncode == 0, lenient.stderr
+    assert lenient.stderr.count("falling back to the eager backend") == 1
