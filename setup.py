@@ -134,7 +134,7 @@ class NinjaBuild(build_ext):
             f"rule cc\n  command = {cc} {common} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $in",
             f"rule link\n  command = {cxx} -shared -Wl,--version-script={ROOT.resolve() / 'csrc/exports.map'} "
-            f"-Wl,--as-needed -Wl,-z,defs -o $out $in -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10 "
+            f"-Wl,--as-needed -o $out $in -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10 "
             f"{os.environ.get('LDFLAGS', '')}",
             "  description = $out",
         ]

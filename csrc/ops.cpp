@@ -76,19 +76,19 @@ Vector vector(const MaybeTensor& t, const char* name) {
 }
 
 // Rows of activations are read as runs: a copy where they are not. `keep` owns it.
-Matrix runs(const Tensor& t, const char* name, Tensor& keep) {
+Matrix runs(const Tensor& t, const char* name, MaybeTensor& keep) {
   Matrix m = matrix(t, name);
   if (m.col_stride == 1 || m.cols <= 1) return m.col_stride = 1, m;
   keep = torch::stable::contiguous(t);
-  return matrix(keep, name);
+  return matrix(*keep, name);
 }
 
 // A weight is streamed along its unit stride: a copy where it has none.
-Matrix streamable(const Tensor& t, const char* name, Tensor& keep) {
+Matrix streamable(const Tensor& t, const char* name, MaybeTensor& keep) {
   Matrix m = matrix(t, name);
   if (m.col_stride == 1 || m.row_stride == 1) return m;
   keep = torch::stable::contiguous(t);
-  m = matrix(keep, name);
+  m = matrix(*keep, name);
   return m.col_stride = 1, m;
 }
 
@@ -140,11 +140,15 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, svdkern::RangeBody 
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
-std::string compiled_in() {
+std::string names_of_isas(bool only_available) {
   svdkern::Isa isas[svdkern::max_isas];
   const int n = svdkern::list_isas(isas);
   std::string names;
-  for (int i = 0; i < n; ++i) names += (i ? "," : "") + std::string(isas[i].kernels->name);
+  for (int i = 0; i < n; ++i) {
+    if (only_available && !isas[i].available) continue;
+    if (!names.empty()) names.push_back(',');
+    names.append(isas[i].kernels->name);
+  }
   return names;
 }
 
@@ -153,14 +157,8 @@ const svdkern::Kernels& kernels() {
   if (chosen != nullptr) return *chosen;
   const char* forced = std::getenv("SVDKERN_CPU_ISA");
   const svdkern::Kernels* found = svdkern::select_kernels(forced);
-  if (found == nullptr) {
-    svdkern::Isa isas[svdkern::max_isas];
-    const int n = svdkern::list_isas(isas);
-    std::string available;
-    for (int i = 0; i < n; ++i)
-      if (isas[i].available) available += (available.empty() ? "" : ", ") + std::string(isas[i].kernels->name);
-    STD_TORCH_CHECK(false, "SVDKERN_CPU_ISA=", forced, " cannot run here, expected one of ", available);
-  }
+  STD_TORCH_CHECK(found != nullptr, "SVDKERN_CPU_ISA=", forced, " cannot run here, expected one of ",
+                  names_of_isas(true));
   return *(chosen = found);
 }
 
@@ -168,7 +166,7 @@ std::tuple<Tensor, Tensor> cpu_forward(const Tensor& x, const MaybeTensor& weigh
                                        const MaybeTensor& sigma, const Tensor& v, const MaybeTensor& bias,
                                        const Tensor& scale, const MaybeTensor& core, const MaybeTensor& rng_state,
                                        int64_t threshold) {
-  Tensor keep_x, keep_w;
+  MaybeTensor keep_x, keep_w;
   svdkern::ForwardParams p;
   p.x = runs(x, "x", keep_x);
   p.u = matrix(u, "u");
@@ -211,7 +209,7 @@ std::vector<Tensor> cpu_backward(const Tensor& dy, const MaybeTensor& x, const M
                                  int64_t threshold, int64_t mask) {
   enum { wants_x = 1, wants_u = 2, wants_sigma = 4, wants_v = 8, wants_bias = 16, wants_scale = 32, wants_core = 64 };
   STD_TORCH_CHECK(mask >= 0 && mask < 128, "mask is ", mask, ", expected 0 to 127");
-  Tensor keep_dy, keep_x, keep_w;
+  MaybeTensor keep_dy, keep_x, keep_w;
   svdkern::BackwardParams p;
   p.dy = runs(dy, "dy", keep_dy);
   p.u = matrix(u, "u");
@@ -275,7 +273,7 @@ std::vector<Tensor> cpu_backward(const Tensor& dy, const MaybeTensor& x, const M
 }
 
 Tensor cpu_shrink(const Tensor& a, const Tensor& f, const MaybeTensor& rng_state, int64_t threshold) {
-  Tensor keep;
+  MaybeTensor keep;
   svdkern::ShrinkParams p;
   p.a = runs(a, "a", keep);
   p.f = matrix(f, "f");
@@ -290,7 +288,7 @@ Tensor cpu_shrink(const Tensor& a, const Tensor& f, const MaybeTensor& rng_state
 }
 
 Tensor cpu_outer(const Tensor& a, const Tensor& q, const Tensor& f, const MaybeTensor& rng_state, int64_t threshold) {
-  Tensor keep_a;
+  MaybeTensor keep_a;
   svdkern::OuterParams p;
   p.a = runs(a, "a", keep_a);
   const Tensor dense_q = q.is_contiguous() ? q : torch::stable::contiguous(q);
@@ -308,7 +306,7 @@ Tensor cpu_outer(const Tensor& a, const Tensor& q, const Tensor& f, const MaybeT
 }
 
 Tensor cpu_dropout(const Tensor& x, const Tensor& rng_state, int64_t threshold, int64_t row0) {
-  Tensor keep;
+  MaybeTensor keep;
   svdkern::DropoutParams p;
   p.x = runs(x, "x", keep);
   STD_TORCH_CHECK(row0 >= 0, "row0 is ", row0, ", expected at least 0");
@@ -320,7 +318,7 @@ Tensor cpu_dropout(const Tensor& x, const Tensor& rng_state, int64_t threshold, 
 }
 
 Tensor cpu_gemv(const Tensor& a, const Tensor& w, const MaybeTensor& bias) {
-  Tensor keep_a, keep_w;
+  MaybeTensor keep_a, keep_w;
   svdkern::GemvParams p;
   p.a = runs(a, "a", keep_a);
   p.w = streamable(w, "w", keep_w);
@@ -358,7 +356,7 @@ Tensor cpu_residual(const Tensor& weight, const Tensor& u, const MaybeTensor& si
 }
 
 std::string cpu_isa() { return kernels().name; }
-std::string cpu_isas() { return compiled_in(); }
+std::string cpu_isas() { return names_of_isas(false); }
 
 }  // namespace
 
