@@ -32,6 +32,7 @@ KERNELS_X86 = {
     "csrc/cpu/isa_avx2.cpp": "-mavx2 -mfma -mf16c -ffp-contract=fast",
     "csrc/cpu/isa_avx512.cpp": f"{AVX512} -ffp-contract=fast",
     "csrc/cpu/isa_avx512_bf16.cpp": f"{AVX512} -mavx512bf16 -ffp-contract=fast",
+    "csrc/cpu/isa_amx_bf16.cpp": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -ffp-contract=fast",
 }
 KERNELS_OTHER = {"csrc/cpu/isa_baseline.cpp": "-ffp-contract=fast"}
 # The exact residual is defined by its roundings: no FMA.

@@ -129,7 +129,7 @@ struct Isa {
   const Kernels* kernels;
   bool available;
 };
-constexpr int max_isas = 4;
+constexpr int max_isas = 5;
 int list_isas(Isa (&isas)[max_isas]);
 
 // The kernels named `forced`, or the best available where forced is null or empty; null where that one cannot run.

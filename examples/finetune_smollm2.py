@@ -161,6 +161,7 @@ def train(
     model: nn.Module, training: Tensor, held_out: Tensor, tokens: int, steps: int | None, seconds: float
 ) -> History:
     """Trains for `steps`, or for as many steps as fit into `seconds`."""
+    limit = seconds if steps is None else None
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     device, batch = trainable[0].device, tokens // SEQUENCE
@@ -182,6 +183,8 @@ def train(
             if steps is None and done == 3:  # three steps have told what one costs
                 steps = bar.total = max(LEAST_STEPS, min(MOST_STEPS, round(seconds / (history.seconds / 3))))
             recent = history.losses[-AVERAGED:]
+            if done >= LEAST_STEPS and limit is not None and history.seconds > 1.3 * limit:
+                steps = bar.total = done  # the machine has become busier than it was at the start
             bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}, {done * tokens / history.seconds:.0f} tokens/s")
             bar.update()
             if steps is not None and (done == steps or done % max(1, steps // 4) == 0 and steps - done >= steps // 8):

@@ -7,7 +7,7 @@ namespace svdkern {
 
 extern const Kernels baseline_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_bf16_kernels;
 #endif
 
 }  // namespace svdkern

@@ -7,6 +7,7 @@
 // Floor: one read of w at memory bandwidth, up to about M = 10 (fp32) where the multiply-adds take over.
 #pragma once
 
+#include "amx_tiles.h"
 #include "factor.h"
 #include "parallel.h"
 #include "philox.h"
@@ -23,15 +24,35 @@ constexpr int64_t rank_depth = 8;      // rows of w in one pass over those sums
 constexpr int64_t sums_ld = rank_columns + 16;
 static_assert(unit == mask_columns);
 
+// What `a` is kept as: fp32, or for bf16 products bf16 rows (dots) and pairs of rows (rank).
+template <class T>
+struct Operand {
+  static constexpr bool bf16_products = false;
+  using Row = float;
+  using Column = float;
+  static constexpr int row_multiple = W, depth = 1;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bf16> {
+  static constexpr bool bf16_products = true;
+  using Row = bf16;
+  using Column = uint32_t;
+  static constexpr int row_multiple = 32, depth = 2;
+};
+#endif
+
 template <class T>
 struct Linear {
+  using Row = typename Operand<T>::Row;
+  using Column = typename Operand<T>::Column;
   int64_t rows = 0, in = 0, out = 0;
   // the base: w == nullptr for none
   const T* w = nullptr;
   int64_t w_in = 0, w_out = 0;     // strides
-  const float* a = nullptr;        // dots: (M, in), zero from `in` up to a multiple of W
+  const Row* a = nullptr;          // dots: (M, in), zero from `in` up to a multiple of row_multiple
   int64_t lda = 0;
-  const float* at = nullptr;       // rank: (in, M)
+  const Column* at = nullptr;      // rank: (in / depth, M)
   // the adapter: zt == nullptr for none
   const float* zt = nullptr;       // (r, M), scale included
   Matrix f;                        // (out, r)
@@ -41,11 +62,23 @@ struct Linear {
   int64_t ldy = 0;
 
   bool dots() const { return w_in == 1; }
+#if defined(__AMX_BF16__)
+  bool tiles() const { return Operand<T>::bf16_products && rows >= least_amx_rows; }
+#else
+  static constexpr bool tiles() { return false; }
+#endif
+  // Tiles take pairs for dots and rows for rank, registers the other way round.
+  bool by_rows() const { return dots() != tiles(); }
 };
 
 // sums[m][o - o0] = a[m] . w[:, o] for o0 <= o < o0 + n, n <= unit.
 template <class T>
 inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums) {
+#if defined(__AMX_BF16__)
+  if constexpr (Operand<T>::bf16_products)
+    if (job.tiles())
+      return amx_dots(job.w + o0 * job.w_out, job.w_out, job.at + m0, job.rows, rows, job.in, n, sums, sums_ld);
+#endif
   with_dot_width(rows, [&](auto width) {
     constexpr int J = width.value;
     F lanes[block_rows * max_j];
@@ -54,7 +87,10 @@ inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0,
       for (int j = 0; j < J; ++j) b[j] = job.w + (o0 + smaller(o + j, n - 1)) * job.w_out;
       std::memset(lanes, 0, rows * max_j * sizeof(F));
       for (int64_t k = 0; k < job.in; k += dots_depth)
-        dot_tiles<T, J>(lanes, job.a + m0 * job.lda, job.lda, rows, b, k, smaller(dots_depth, job.in - k));
+        if constexpr (Operand<T>::bf16_products)
+          dot_tiles<J>(lanes, job.a + m0 * job.lda, job.lda, rows, b, k, smaller(dots_depth, job.in - k));
+        else
+          dot_tiles<T, J>(lanes, job.a + m0 * job.lda, job.lda, rows, b, k, smaller(dots_depth, job.in - k));
       for (int m = 0; m < rows; ++m)
         for (int j = 0; j < J; ++j) sums[m * sums_ld + o + j] = sum(lanes[m * max_j + j]);
     }
@@ -63,12 +99,22 @@ inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0,
 
 template <class T>
 inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums) {
+#if defined(__AMX_BF16__)
+  if constexpr (Operand<T>::bf16_products)
+    if (job.tiles()) {
+      amx_rank(job.w + o0, job.w_in, job.a + m0 * job.lda, job.lda, rows, job.in, n, sums, sums_ld);
+      return in_order(sums, sums_ld, rows, n);
+    }
+#endif
   for (int64_t k = 0; k < job.in; k += rank_depth) {
     const int64_t depth = smaller(rank_depth, job.in - k);
     const int64_t ahead = k + 2 * rank_depth <= job.in ? rank_depth * job.w_in : 0;
-    rank_update(sums, sums_ld, rows, job.at + k * job.rows + m0, job.rows, job.w + k * job.w_in + o0, job.w_in, depth, n,
-                ahead);
+    rank_update(sums, sums_ld, rows, job.at + k / Operand<T>::depth * job.rows + m0, job.rows,
+                job.w + k * job.w_in + o0, job.w_in, depth, n, ahead);
   }
+#if defined(__AVX512BF16__)
+  if constexpr (Operand<T>::bf16_products) in_order(sums, sums_ld, rows, n);
+#endif
 }
 
 // sums += D*(z F^T) for n <= unit outputs from o0 on.
@@ -121,7 +167,7 @@ inline void linear_range(const Linear<T>& job, int64_t o0, int64_t o1) {
     for (int64_t m0 = 0; m0 < job.rows; m0 += block_rows) {
       const int rows = static_cast<int>(smaller<int64_t>(block_rows, job.rows - m0));
       if (!dots)
-        for (int m = 0; m < rows; ++m) std::memset(sums + m * sums_ld, 0, round_up(n, W) * sizeof(float));
+        for (int m = 0; m < rows; ++m) std::memset(sums + m * sums_ld, 0, round_up(n, 2 * W) * sizeof(float));
       if (dots)
         base_by_dots(job, m0, rows, o, n, sums);
       else if (job.w != nullptr)
@@ -135,18 +181,19 @@ inline void linear_range(const Linear<T>& job, int64_t o0, int64_t o1) {
   }
 }
 
-// The operand `a` as the base wants it, in parts: take_operand reserves, fill_operand converts columns l0 ... l1.
+// The operand `a` as the base wants it, in parts: take_operand reserves, fill_operand converts columns l0 ... l1 (l0 even).
 template <class T>
 inline void take_operand(Linear<T>& job, const Matrix& a, Scratch& scratch) {
+  using Row = typename Linear<T>::Row;
   if (job.w == nullptr) return;
-  if (!job.dots()) {
-    job.at = scratch.take<float>(job.in * job.rows);
-  } else if (a.dtype == DType::f32 && job.in % W == 0) {
-    job.a = static_cast<const float*>(a.data);
+  if (!job.by_rows()) {
+    job.at = scratch.take<typename Linear<T>::Column>((job.in + 1) / Operand<T>::depth * job.rows);
+  } else if (sizeof(Row) == sizeof(T) && job.in % Operand<T>::row_multiple == 0) {  // float, or bf16 products: in place
+    job.a = static_cast<const Row*>(a.data);
     job.lda = a.row_stride;
   } else {
     job.lda = round_up(job.in, 64) + 16;
-    job.a = scratch.take<float>(job.rows * job.lda);
+    job.a = scratch.take<Row>(job.rows * job.lda);
   }
 }
 
@@ -155,11 +202,20 @@ inline void fill_operand(const Linear<T>& job, const Matrix& a, int64_t l0, int6
   if (job.w == nullptr || job.a == a.data) return;
   for (int64_t m = 0; m < job.rows; ++m) {
     const T* from = static_cast<const T*>(a.data) + m * a.row_stride;
-    if (job.dots()) {
-      float* to = const_cast<float*>(job.a) + m * job.lda;
-      int64_t l = l0;
-      for (; l + W <= l1; l += W) store(to + l, load(from + l));
-      if (l < l1) store(to + l, load(from + l, l1 - l));
+    if (job.by_rows()) {
+      auto* to = const_cast<typename Linear<T>::Row*>(job.a) + m * job.lda;
+      if constexpr (Operand<T>::bf16_products) {
+        std::memcpy(to + l0, from + l0, (l1 - l0) * sizeof(T));
+        if (l1 == job.in) std::memset(to + l1, 0, (round_up(l1, 32) - l1) * sizeof(T));
+      } else {
+        int64_t l = l0;
+        for (; l + W <= l1; l += W) store(to + l, load(from + l));
+        if (l < l1) store(to + l, load(from + l, l1 - l));
+      }
+    } else if constexpr (Operand<T>::bf16_products) {
+      uint32_t* to = const_cast<uint32_t*>(job.at) + m;
+      for (int64_t l = l0; l < l1; l += 2)
+        to[l / 2 * job.rows] = from[l].bits | (l + 1 < l1 ? static_cast<uint32_t>(from[l + 1].bits) << 16 : 0);
     } else {
       float* to = const_cast<float*>(job.at) + m;
       for (int64_t l = l0; l < l1; ++l) to[l * job.rows] = to_float(from[l]);
