@@ -31,7 +31,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -72,12 +72,17 @@ FIELDS = (
 
 
 def load_saved(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model saved in `directory`, built without ever holding its weights twice (this also measures memory)."""
+    """The model saved in `directory`, its weights in memory of their own.
+
+    Not in the file's mapping: a provider that replaces weights could then never give their memory back, which would be
+    counted against it alone.
+    """
     config = AutoConfig.from_pretrained(directory)
     config.use_cache = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    weights = {name: tensor.to(device, dtype) for name, tensor in load_file(directory / "model.safetensors").items()}
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        weights = {name: file.get_tensor(name).to(device, dtype, copy=True) for name in file.keys()}  # noqa: SIM118
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     for name, parameter in model.named_parameters():

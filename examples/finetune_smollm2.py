@@ -161,7 +161,6 @@ def train(
     model: nn.Module, training: Tensor, held_out: Tensor, tokens: int, steps: int | None, seconds: float
 ) -> History:
     """Trains for `steps`, or for as many steps as fit into `seconds`."""
-    limit = seconds if steps is None else None
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     device, batch = trainable[0].device, tokens // SEQUENCE
@@ -169,25 +168,26 @@ def train(
     epochs = 1 + (steps or MOST_STEPS) * batch // len(training)
     order = torch.cat([torch.randperm(len(training), generator=generator) for _ in range(epochs)])
     history = History(held_out={0: held_out_loss(model, held_out)})
-    with tqdm(total=steps, desc="training", unit="step") as bar:
-        while steps is None or len(history.losses) < steps:
-            done = len(history.losses)
-            if steps is not None:  # a short warm-up, then a cosine to a tenth
-                cosine = 0.55 + 0.45 * math.cos(math.pi * done / max(1, steps - 1))
-                optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (done + 1) / 5) * cosine
+    planned, done = steps, 0
+    with tqdm(total=planned, desc="training", unit="step") as bar:
+        while planned is None or done < planned:
+            # A short warm-up, then a cosine to a tenth.
+            cosine = 1.0 if planned is None else 0.55 + 0.45 * math.cos(math.pi * done / planned)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (done + 1) / 5) * cosine
             rows = training[order[done * batch : (done + 1) * batch]].to(device)
             start = time.perf_counter()
             history.losses.append(train_step(model, optimizer, rows))
             history.seconds += time.perf_counter() - start
             done += 1
-            if steps is None and done == 3:  # three steps have told what one costs
-                steps = bar.total = max(LEAST_STEPS, min(MOST_STEPS, round(seconds / (history.seconds / 3))))
+            if planned is None and done == 3:  # three steps have told what one costs
+                planned = max(LEAST_STEPS, min(MOST_STEPS, round(3 * seconds / history.seconds)))
+            if steps is None and done >= LEAST_STEPS and history.seconds > 1.3 * seconds:
+                planned = done  # the machine has become busier than it was at the start
+            bar.total = planned
             recent = history.losses[-AVERAGED:]
-            if done >= LEAST_STEPS and limit is not None and history.seconds > 1.3 * limit:
-                steps = bar.total = done  # the machine has become busier than it was at the start
             bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}, {done * tokens / history.seconds:.0f} tokens/s")
             bar.update()
-            if steps is not None and (done == steps or done % max(1, steps // 4) == 0 and steps - done >= steps // 8):
+            if planned is not None and (done == planned or done % math.ceil(planned / 4) == 0):
                 history.held_out[done] = held_out_loss(model, held_out)
     return history
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svdkern import svd_linear
+from svdkern import SVDLinear, svd_linear
 from svdkern.backends.cpu import SMALL_M
 from svdkern.backends.philox import keep_mask, keep_scale, philox4x32, threshold_of
 
@@ -214,6 +215,42 @@ def test_gradcheck_in_float64() -> None:
     o = {name: t.requires_grad_() for name, t in operands(4, 5, 6, 3).items() if t is not None}
     args = tuple(o[name] for name in ("x", "weight", "u", "sigma", "v", "bias"))
     assert torch.autograd.gradcheck(lambda *t: svd_linear(*t, scale=0.5), args)
+
+
+def snippet(documented: object) -> list[str]:
+    """The lines of the docstring's "Equivalent to" block."""
+    text = inspect.cleandoc(documented.__doc__ or "").partition("Equivalent to::\n\n")[2]
+    lines = list(itertools.takewhile(lambda line: line.startswith("    ") or not line, text.splitlines()))
+    return [line.strip() for line in lines if line.strip()]
+
+
+def test_the_documented_equivalents_are_true() -> None:
+    o = cast(operands(5, 24, 16, 4), torch.float32, (torch.float32,) * 3)
+    scope = dict(o) | {"torch": torch}
+    lines = snippet(svd_linear)
+    assert len(lines) == 3
+    exec("\n".join(lines), scope)
+    torch.testing.assert_close(scope["y"], fused(o))
+    layer = SVDLinear.from_linear(torch.nn.Linear(24, 16), 4, "sorsa")
+    lines = snippet(SVDLinear)
+    assert len(lines) == 2
+    for line in lines:
+        left, right = (eval(side, {"torch": torch, "layer": layer, "x": o["x"]}) for side in line.split("=="))
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("m", [4, 40])
+def test_weight_and_bias_of_another_dtype(backend: str, m: int) -> None:
+    """They are cast to x's dtype, as the factors are; their gradients come back in their own."""
+    o = cast(operands(m, 24, 16, 4), torch.bfloat16, (torch.float32,) * 3)
+    wide = o | {"weight": o["weight"].float(), "bias": o["bias"].float()}
+    dy = torch.randn(m, 16)
+    names = ("x", "weight", "u", "bias")
+    got = run(lambda leaves: fused(leaves, backend=backend), wide, dy, names)
+    want = run(lambda leaves: fused(leaves, backend=backend), o, dy, names)
+    assert [t.dtype for t in got[1:]] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=1e-2, atol=1e-2)
 
 
 # ---- dropout -------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class EagerBackend(Backend):
         elif bias is None:
             y = torch.mm(a, w.to(a.dtype))
         else:
-            y = torch.addmm(bias, a, w.to(a.dtype))
+            y = torch.addmm(bias.to(a.dtype), a, w.to(a.dtype))
         if z is None:
             return y
         z, transposed = z.to(a.dtype), factor.to(a.dtype).t()
