@@ -194,7 +194,7 @@ def isa(device: torch.device | str = "cpu") -> str:
         if name == "avx512" and bf16_hardware():
             name = "avx512_bf16"
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return name + ("+amx" if amx and bf16_hardware() else "")
+    return name + ("+amx" if amx and "amx" not in name and bf16_hardware() else "")
 
 
 @cache

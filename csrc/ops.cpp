@@ -361,10 +361,12 @@ std::string cpu_isas() { return names_of_isas(false); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
-  m.def("_cpu_forward(Tensor x, Tensor? weight, Tensor u, Tensor? sigma, Tensor v, Tensor? bias, Tensor scale, "
-        "Tensor? core, Tensor? rng_state, int threshold) -> (Tensor, Tensor)");
-  m.def("_cpu_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor u, Tensor? sigma, Tensor v, Tensor scale, "
-        "Tensor? core, Tensor? h, Tensor? rng_state, int threshold, int mask) -> Tensor[]");
+  m.def(
+      "_cpu_forward(Tensor x, Tensor? weight, Tensor u, Tensor? sigma, Tensor v, Tensor? bias, Tensor scale, "
+      "Tensor? core, Tensor? rng_state, int threshold) -> (Tensor, Tensor)");
+  m.def(
+      "_cpu_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor u, Tensor? sigma, Tensor v, Tensor scale, "
+      "Tensor? core, Tensor? h, Tensor? rng_state, int threshold, int mask) -> Tensor[]");
   m.def("_cpu_shrink(Tensor a, Tensor f, Tensor? rng_state, int threshold) -> Tensor");
   m.def("_cpu_outer(Tensor a, Tensor q, Tensor f, Tensor? rng_state, int threshold) -> Tensor");
   m.def("_cpu_dropout(Tensor x, Tensor rng_state, int threshold, int row0) -> Tensor");

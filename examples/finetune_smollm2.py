@@ -246,7 +246,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--budget-seconds", type=float, default=240.0, help="about how long all of it may take (default 240)"
+        "--budget-seconds", type=float, default=270.0, help="about how long all of it may take (default 270)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder for the results (default runs/demo)"

@@ -33,9 +33,10 @@ _library.define(
 
 
 def _forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):
-    return choose(x, backend or None).forward(
+    y, h = choose(x, backend or None).forward(
         x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold
     )
+    return y, h.to(accumulator_dtype(x.dtype))  # one dtype, whichever backend is chosen when it runs
 
 
 def _backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want):

@@ -1,11 +1,13 @@
-// The base product of bf16 operands on AMX tiles: 16 x 16 sums and 32 products deep in one instruction, so that up to 16 rows
-// cost no more than the one read of w.
+// The base product of bf16 operands on AMX tiles: 16 x 16 sums and 32 products deep in one instruction, so that up to
+// 16 rows cost no more than the one read of w.
 //
 //   dots   sums^T (16 outputs, rows) += w^T (16 outputs, 32) . pairs of a (16, rows x 2): w is loaded as it lies
-//   rank   sums (rows, 16) += a (rows, 32) . pairs of rows of w (16, 16 x 2): unpacked through L1, columns in the low/high
+//   rank   sums (rows, 16) += a (rows, 32) . pairs of rows of w (16, 16 x 2): unpacked through L1, columns in the
+//   low/high
 //          order of bf16_tiles.h
 //
-// A tile's shape is thread state: it is set when a piece of work begins and dropped when it ends. Subnormals: as vdpbf16ps.
+// A tile's shape is thread state: it is set when a piece of work begins and dropped when it ends. Subnormals: as
+// vdpbf16ps.
 #pragma once
 
 #include "bf16_tiles.h"
@@ -54,9 +56,9 @@ class TileSession {
 inline void amx_dots(const bf16* w, int64_t w_out, const uint32_t* pairs, int64_t ld, int rows, int64_t in, int64_t n,
                      float* sums, int64_t sums_ld) {
   TileShapes shapes;
-  for (int tile = 0; tile < 2; ++tile) shapes.set(tile, 16, 4 * rows);      // sums, two chains to cover the latency
-  for (int tile = 2; tile < 4; ++tile) shapes.set(tile, 16, 64);            // w
-  for (int tile = 4; tile < 6; ++tile) shapes.set(tile, 16, 4 * rows);      // a
+  for (int tile = 0; tile < 2; ++tile) shapes.set(tile, 16, 4 * rows);  // sums, two chains to cover the latency
+  for (int tile = 2; tile < 4; ++tile) shapes.set(tile, 16, 64);        // w
+  for (int tile = 4; tile < 6; ++tile) shapes.set(tile, 16, 4 * rows);  // a
   const TileSession session(shapes);
   alignas(64) float out[2][16 * 16];
   alignas(64) bf16 w_tail[16 * 32];
@@ -126,36 +128,27 @@ inline void unpack_block(const bf16* w, int64_t w_in, int64_t depth, int64_t col
   }
 }
 
-// sums (low/high order) += a w for `columns` outputs; a (rows, in) zero from `in` up to a multiple of 32, w (in, columns).
+// sums (low/high order) += a w for `columns` outputs; a (rows, in) zero from `in` up to a multiple of 32, w (in,
+// columns).
 inline void amx_rank(const bf16* w, int64_t w_in, const bf16* a, int64_t lda, int rows, int64_t in, int64_t columns,
                      float* sums, int64_t sums_ld) {
   TileShapes shapes;
   for (int tile = 0; tile < 2; ++tile) shapes.set(tile, rows, 64);  // sums: low, high
-  for (int tile = 2; tile < 4; ++tile) shapes.set(tile, rows, 64);  // a
-  for (int tile = 4; tile < 8; ++tile) shapes.set(tile, 16, 64);    // w
+  shapes.set(2, rows, 64);                                          // a
+  for (int tile = 4; tile < 6; ++tile) shapes.set(tile, 16, 64);    // w
   const TileSession session(shapes);
-  alignas(64) bf16 blocks[2][2 * 16 * 32];
-  for (int64_t k = 0; k < in; k += 64) {
-    const int64_t depth = in - k;
-    const int64_t ahead = k + 128 <= in ? 64 * w_in : 0;
+  alignas(64) bf16 block[2 * 16 * 32];
+  for (int64_t k = 0; k < in; k += 32) {
+    const int64_t ahead = k + 64 <= in ? 32 * w_in : 0;
     tile_load<2>(a + k, 2 * lda);
-    if (depth > 32) tile_load<3>(a + k + 32, 2 * lda);
     for (int64_t col = 0; col < columns; col += pair_columns) {
-      const int64_t wide = smaller<int64_t>(pair_columns, columns - col);
       tile_load<0>(sums + col, 4 * sums_ld);
       tile_load<1>(sums + col + W, 4 * sums_ld);
-      unpack_block(w + k * w_in + col, w_in, depth, wide, ahead, blocks[0]);
-      tile_load<4>(blocks[0], 64);
-      tile_load<5>(blocks[0] + 16 * 32, 64);
+      unpack_block(w + k * w_in + col, w_in, in - k, smaller<int64_t>(pair_columns, columns - col), ahead, block);
+      tile_load<4>(block, 64);
+      tile_load<5>(block + 16 * 32, 64);
       tile_multiply<0, 2, 4>();
       tile_multiply<1, 2, 5>();
-      if (depth > 32) {
-        unpack_block(w + (k + 32) * w_in + col, w_in, depth - 32, wide, ahead, blocks[1]);
-        tile_load<6>(blocks[1], 64);
-        tile_load<7>(blocks[1] + 16 * 32, 64);
-        tile_multiply<0, 3, 6>();
-        tile_multiply<1, 3, 7>();
-      }
       tile_store<0>(sums + col, 4 * sums_ld);
       tile_store<1>(sums + col + W, 4 * sums_ld);
     }

@@ -1,11 +1,12 @@
 // The two tiles of tiles.h with bf16 on both sides and vdpbf16ps: two products a lane and instruction, no upcasts.
 //
 //   dots   pairs lie along k already
-//   rank   pairs lie across two rows of B: unpacked in registers, so a block of 32 columns of C is held as its "low" and
+//   rank   pairs lie across two rows of B: unpacked in registers, so a block of 32 columns of C is held as its "low"
+//   and
 //          "high" vectors (columns 0-3, 8-11, ... and 4-7, 12-15, ...) until `in_order` puts them back
 //
-// vdpbf16ps reads and writes subnormal numbers as zero (whatever MXCSR says): an fp32 sum below 1.2e-38 is accepted as lost.
-// Products are exact and sums fp32, so the error is that of the upcast tiles.
+// vdpbf16ps reads and writes subnormal numbers as zero (whatever MXCSR says): an fp32 sum below 1.2e-38 is accepted as
+// lost. Products are exact and sums fp32, so the error is that of the upcast tiles.
 #pragma once
 
 #include "tiles.h"

@@ -1,5 +1,5 @@
-// Factors (L, r) of any storage type and strides, seen by the products as fp32 panels [column j][row l]: l contiguous, so
-// that all three skinny products vectorise along the long side L whichever way the factor is stored.
+// Factors (L, r) of any storage type and strides, seen by the products as fp32 panels [column j][row l]: l contiguous,
+// so that all three skinny products vectorise along the long side L whichever way the factor is stored.
 //
 //   unit stride along L (a transposed view, lora_A.weight.t()): rows of the panel are converted runs of the factor
 //   unit stride along r: W x W transposes in registers (about half an instruction an element)
@@ -54,7 +54,8 @@ struct Panel {
 };
 
 // f[l0 ... l0 + n][j0 ... j0 + columns] in fp32, zero from n up to a multiple of W; in place where it already is that.
-inline Panel load_panel(const Matrix& f, int64_t l0, int64_t n, int64_t j0, int64_t columns, float* buffer, int64_t ld) {
+inline Panel load_panel(const Matrix& f, int64_t l0, int64_t n, int64_t j0, int64_t columns, float* buffer,
+                        int64_t ld) {
   if (f.dtype == DType::f32 && f.row_stride == 1 && n % W == 0)
     return {static_cast<const float*>(f.data) + l0 + j0 * f.col_stride, f.col_stride};
   with_type(f.dtype, [&](auto t) { load_panel_as<decltype(t)>(f, l0, n, j0, columns, buffer, ld); });

@@ -17,10 +17,10 @@
 namespace svdkern {
 namespace {
 
-constexpr int64_t unit = 64;           // outputs in one piece of work, and columns of one factor panel
-constexpr int64_t dots_depth = 1024;   // elements of each w column read before the next block of rows goes over them
-constexpr int64_t rank_columns = 512;  // outputs whose sums are in L1
-constexpr int64_t rank_depth = 8;      // rows of w in one pass over those sums
+constexpr int64_t unit = 64;            // outputs in one piece of work, and columns of one factor panel
+constexpr int64_t dots_depth = 1024;    // elements of each w column read before the next block of rows goes over them
+constexpr int64_t rank_columns = 1024;  // outputs whose sums are in cache: w is read in runs of at least 2 KB
+constexpr int64_t rank_depth = 8;       // rows of w in one pass over those sums
 constexpr int64_t sums_ld = rank_columns + 16;
 static_assert(unit == mask_columns);
 
@@ -49,13 +49,13 @@ struct Linear {
   int64_t rows = 0, in = 0, out = 0;
   // the base: w == nullptr for none
   const T* w = nullptr;
-  int64_t w_in = 0, w_out = 0;     // strides
-  const Row* a = nullptr;          // dots: (M, in), zero from `in` up to a multiple of row_multiple
+  int64_t w_in = 0, w_out = 0;  // strides
+  const Row* a = nullptr;       // dots: (M, in), zero from `in` up to a multiple of row_multiple
   int64_t lda = 0;
-  const Column* at = nullptr;      // rank: (in / depth, M)
+  const Column* at = nullptr;  // rank: (in / depth, M)
   // the adapter: zt == nullptr for none
-  const float* zt = nullptr;       // (r, M), scale included
-  Matrix f;                        // (out, r)
+  const float* zt = nullptr;  // (r, M), scale included
+  Matrix f;                   // (out, r)
   Dropout dropout;
   Vector bias;
   T* y = nullptr;
@@ -181,7 +181,8 @@ inline void linear_range(const Linear<T>& job, int64_t o0, int64_t o1) {
   }
 }
 
-// The operand `a` as the base wants it, in parts: take_operand reserves, fill_operand converts columns l0 ... l1 (l0 even).
+// The operand `a` as the base wants it, in parts: take_operand reserves, fill_operand converts columns l0 ... l1 (l0
+// even).
 template <class T>
 inline void take_operand(Linear<T>& job, const Matrix& a, Scratch& scratch) {
   using Row = typename Linear<T>::Row;

@@ -5,8 +5,8 @@
 //   D = bits >= t ? 1 / (1 - t / 65536) : 0
 //
 // Layout: one counter a 64-bit lane, so 8 elements of a row a lane. A round is 2 multiplies, 2 shifts and 4 xors; 7 of
-// them for 8 elements come to about one vector instruction an element and lane group: integer work that rooflines count.
-// Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+// them for 8 elements come to about one vector instruction an element and lane group: integer work that rooflines
+// count. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 
 #include "vec.h"

@@ -1,4 +1,5 @@
-// The primitives on their own, for any number of rows: shrink, outer, dropout, and the frozen product of few rows (gemv).
+// The primitives on their own, for any number of rows: shrink, outer, dropout, and the frozen product of few rows
+// (gemv).
 #pragma once
 
 #include "small_m.h"
@@ -86,9 +87,8 @@ inline void gemv_as(const GemvParams& p) {
   take_operand(job, p.a, scratch);
   fill_operand(job, p.a, 0, job.in);
   const int64_t units = (job.out + unit - 1) / unit;
-  parallel(p.parallel_for, units, job.rows * smaller(unit, job.out) * job.in, [&](int64_t begin, int64_t end) {
-    linear_range(job, begin * unit, smaller(job.out, end * unit));
-  });
+  parallel(p.parallel_for, units, job.rows * smaller(unit, job.out) * job.in,
+           [&](int64_t begin, int64_t end) { linear_range(job, begin * unit, smaller(job.out, end * unit)); });
 }
 
 // The table of this file's instruction set; storage types are dispatched here, once a call.

@@ -1,11 +1,12 @@
 // out = W - sum_i v_i (s sigma_i u_i)^T, the residual that a saved adapter's initial factors leave, exactly:
 //
-//   a_i = fl64(fl64(s sigma_i) u_i);   acc = W;   for i = 0 ... r - 1: acc = fl64(acc - fl64(v_i a_i));   out = round(acc)
+//   a_i = fl64(fl64(s sigma_i) u_i);   acc = W;   for i = 0 ... r - 1: acc = fl64(acc - fl64(v_i a_i));   out =
+//   round(acc)
 //
-// The order and the roundings are the definition: any instruction set, thread count or device that follows them gives the
-// same bits, so this file is compiled without FMA (-ffp-contract=off) and for the baseline only. weight (N, K), u (K, r),
-// v (N, r). Layout: rows of W in parallel, columns in panels of 512 whose a (r, 512) is made once for a range of rows.
-// Floor: 2 N K r fp64 operations.
+// The order and the roundings are the definition: any instruction set, thread count or device that follows them gives
+// the same bits, so this file is compiled without FMA (-ffp-contract=off) and for the baseline only. weight (N, K), u
+// (K, r), v (N, r). Layout: rows of W in parallel, columns in panels of 512 whose a (r, 512) is made once for a range
+// of rows. Floor: 2 N K r fp64 operations.
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -94,7 +95,8 @@ void rows_of(const ResidualParams& p, int64_t n0, int64_t n1) {
     }
     for (int64_t n = n0; n < n1; ++n) {
       const int64_t row = n * p.weight.row_stride;
-      for (int64_t k = 0; k < width; ++k) acc[k] = get(p.weight.dtype, p.weight.data, row + (k0 + k) * p.weight.col_stride);
+      for (int64_t k = 0; k < width; ++k)
+        acc[k] = get(p.weight.dtype, p.weight.data, row + (k0 + k) * p.weight.col_stride);
       for (int64_t i = 0; i < r; ++i) {
         const double v = get(p.v.dtype, p.v.data, n * p.v.row_stride + i * p.v.col_stride);
         const double* ai = a + i * panel;

@@ -16,7 +16,7 @@
 namespace svdkern {
 namespace {
 
-constexpr int64_t strip = 256;          // columns of `a` that are in L1 as fp32 at a time
+constexpr int64_t strip = 256;            // columns of `a` that are in L1 as fp32 at a time
 constexpr int64_t strip_ld = strip + 16;  // rows 4 KB apart would share their cache sets
 static_assert(strip % mask_columns == 0);
 
@@ -25,7 +25,8 @@ inline int64_t chunks_of(int64_t length) { return (length + chunk_of(length) - 1
 
 // rows[m][i] = (D*a)[m0 + m][l0 + i] for i < n <= strip, zero from n up to a multiple of W.
 template <class T>
-inline void load_rows(const Matrix& a, const Dropout& dropout, int64_t m0, int rows, int64_t l0, int64_t n, float* out) {
+inline void load_rows(const Matrix& a, const Dropout& dropout, int64_t m0, int rows, int64_t l0, int64_t n,
+                      float* out) {
   for (int m = 0; m < rows; ++m) {
     const T* from = static_cast<const T*>(a.data) + (m0 + m) * a.row_stride + l0;
     float* to = out + m * strip_ld;
@@ -36,7 +37,8 @@ inline void load_rows(const Matrix& a, const Dropout& dropout, int64_t m0, int r
     for (int64_t c = 0; c < n; c += mask_columns) {
       alignas(64) float keep[mask_columns];
       mask_row(dropout, m0 + m, l0 + c, keep);
-      for (int k = 0; k < mask_columns && c + k < n; k += W) store(to + c + k, masked(load(to + c + k), load(keep + k)));
+      for (int k = 0; k < mask_columns && c + k < n; k += W)
+        store(to + c + k, masked(load(to + c + k), load(keep + k)));
     }
   }
 }
@@ -72,8 +74,8 @@ inline void contract_block(const Matrix& a, const Dropout& dropout, int64_t m0, 
   for (int m = 0; m < rows; ++m)
     for (int64_t j = 0; j < r; ++j) {
       const int64_t within = j % panel_columns;
-      out[m * r + j] = sum(lanes[j / panel_columns * tile_lanes + (within / max_j) * block_rows * max_j +
-                                 m * max_j + within % max_j]);
+      out[m * r + j] = sum(
+          lanes[j / panel_columns * tile_lanes + (within / max_j) * block_rows * max_j + m * max_j + within % max_j]);
     }
 }
 

@@ -5,8 +5,9 @@
 //              dx = dy W + D*(q U^T)     dU = (D*x)^T q    dV = s dy^T z    db = sum dy
 //              dsigma = sum h t          dR = h^T t        ds = sum p z
 //
-// x (M, K), W (N, K), U (K, r), V (N, r). Two parallel parts each: over chunks of the summed side (h; p, dV, db), then over
-// units of the output side (y; dx, dU). Floor: one read of W each way; the skinny products add r/M of a read in fp32.
+// x (M, K), W (N, K), U (K, r), V (N, r). Two parallel parts each: over chunks of the summed side (h; p, dV, db), then
+// over units of the output side (y; dx, dU). Floor: one read of W each way; the skinny products add r/M of a read in
+// fp32.
 #pragma once
 
 #include "linear.h"
@@ -25,8 +26,8 @@ inline void couple(const float* h, int64_t rows, int64_t r, const Vector& sigma,
       for (int64_t j = 0; j < r; ++j) to[j] = 0.0f;
       for (int64_t i = 0; i < r; ++i)
         for (int64_t j = 0; j < r; ++j) {
-          const int64_t at = transposed ? j * core.row_stride + i * core.col_stride
-                                        : i * core.row_stride + j * core.col_stride;
+          const int64_t at =
+              transposed ? j * core.row_stride + i * core.col_stride : i * core.row_stride + j * core.col_stride;
           to[j] += from[i] * element(core.dtype, core.data, at);
         }
     } else if (sigma.data != nullptr) {
@@ -88,9 +89,8 @@ inline void forward_as(const ForwardParams& p) {
     job.f = p.v;
   }
   const int64_t units = (out + unit - 1) / unit;
-  parallel(p.parallel_for, units, rows * smaller(unit, out) * (in + r), [&](int64_t begin, int64_t end) {
-    linear_range(job, begin * unit, smaller(out, end * unit));
-  });
+  parallel(p.parallel_for, units, rows * smaller(unit, out) * (in + r),
+           [&](int64_t begin, int64_t end) { linear_range(job, begin * unit, smaller(out, end * unit)); });
 }
 
 // The sums over rows of products of (M, r) matrices: tiny, so one thread.

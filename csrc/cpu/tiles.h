@@ -3,7 +3,8 @@
 //   dots   C[i][j] += sum_k A[i][k] B[j][k]     k contiguous in both: lanes of partial sums, added up at the very end
 //   rank   C[i][c] += sum_k A[k][i] B[k][c]     c contiguous in B and C: A[k][i] broadcast
 //
-// An element of C is the same sum in the same order whatever tile it falls in. Floor: one read of B for all of A's rows.
+// An element of C is the same sum in the same order whatever tile it falls in. Floor: one read of B for all of A's
+// rows.
 #pragma once
 
 #include "vec.h"
@@ -11,11 +12,12 @@
 namespace svdkern {
 namespace {
 
-constexpr int block_rows = 16;             // rows of A in one pass over B
-constexpr bool many_registers = W == 16;   // 32 vector registers (AVX-512), else 16
-constexpr int max_j = 8;                   // B rows in one dots tile, at most
+constexpr int block_rows = 16;            // rows of A in one pass over B
+constexpr bool many_registers = W == 16;  // 32 vector registers (AVX-512), else 16
+constexpr int max_j = 8;                  // B rows in one dots tile, at most
 
-// lanes[i * max_j + j] += lanes of A[i] . B[j], over n columns; rows of A are readable (and zero) up to a multiple of W.
+// lanes[i * max_j + j] += lanes of A[i] . B[j], over n columns; rows of A are readable (and zero) up to a multiple of
+// W.
 template <class T, int I, int J>
 inline void dot_tile(F* lanes, const float* a, int64_t lda, const T* const (&b)[max_j], int64_t column, int64_t n) {
   F acc[I][J];

@@ -1,8 +1,8 @@
 // One float vector of W lanes and the three storage types, chosen by the flags of the file that includes this one.
 // GCC/Clang vector extensions do the arithmetic (a * b + c is one FMA where the target has it: -ffp-contract=fast);
-// intrinsics only where the extensions have no word for it: masks, half precision. (The maskz forms with a full mask are
-// there because GCC 12 warns of its own headers' "undefined" pass-through operands in the plain ones.)
-// Everything is in an unnamed namespace: each instruction set compiles its own copy and the linker can never mix them.
+// intrinsics only where the extensions have no word for it: masks, half precision. (The maskz forms with a full mask
+// are there because GCC 12 warns of its own headers' "undefined" pass-through operands in the plain ones.) Everything
+// is in an unnamed namespace: each instruction set compiles its own copy and the linker can never mix them.
 #pragma once
 
 #include <cstdint>

@@ -160,7 +160,7 @@ def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _add_dropped_branch(y: Tensor, z: Tensor, factor: Tensor, rng_state: Tensor, threshold: int) -> None:
-    transposed = factor.to(torch.float32).t()
+    z, transposed = z.to(torch.float32), factor.to(torch.float32).t()
     for row in range(0, y.shape[0], _DROPOUT_ROWS):
         branch = torch.mm(z[row : row + _DROPOUT_ROWS], transposed)
         y[row : row + _DROPOUT_ROWS] += torch.ops.svdkern._cpu_dropout.default(branch, rng_state, threshold, row)
@@ -187,6 +187,6 @@ def _linear_by_panels(a: Tensor, w: Tensor, z: Tensor | None, factor: Tensor, bi
             if bias is not None:
                 y_part += bias[span]
             if z is not None:
-                y_part.addmm_(z[row : row + height], transposed[:, span])
+                y_part.addmm_(z[row : row + height].to(torch.float32), transposed[:, span])
             y[row : row + height, span] = y_part
     return y

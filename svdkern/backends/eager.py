@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdkern.backends.formula import Backend, accumulator_dtype
+from svdkern.backends.formula import Backend
 from svdkern.backends.philox import dropped
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ class EagerBackend(Backend):
         if threshold:
             assert rng_state is not None
             a = dropped(a, rng_state, threshold)
-        return torch.mm(a, factor.to(a.dtype)).to(accumulator_dtype(a.dtype))
+        return torch.mm(a, factor.to(a.dtype))
 
     def linear(
         self,

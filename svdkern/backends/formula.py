@@ -37,7 +37,7 @@ class Gradients(NamedTuple):
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in for activations of ``dtype``, and the dtype of everything of shape (M, r)."""
+    """What our kernels keep sums in for activations of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -73,7 +73,7 @@ class Backend:
     name: str
 
     def shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
-        """``(D*a) factor``: (M, L) x (L, r) -> (M, r) in the accumulator dtype."""
+        """``(D*a) factor``: (M, L) x (L, r) -> (M, r), in a's dtype or in the accumulator dtype."""
         raise NotImplementedError
 
     def linear(
@@ -112,13 +112,13 @@ class Backend:
         rng_state: Tensor | None,
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
-        """(y, h): y (M, N) in x's dtype; h (M, r), kept for the backward, in the accumulator dtype."""
+        """(y, h): y (M, N) in x's dtype; h (M, r), kept for the backward, in shrink's dtype."""
         w = None if weight is None else weight.t()
         if threshold == DROPS_ALL:
             h = x.new_zeros(x.shape[0], u.shape[1], dtype=accumulator_dtype(x.dtype))
             return self.linear(x, w, None, v, bias, None, 0), h
         h = self.shrink(x, u, rng_state, threshold)
-        z = _modulated(h, sigma, core, gate, index) * scale.to(h.dtype)
+        z = _scaled(_modulated(h, sigma, core, gate, index), scale)
         return self.linear(x, w, z, v, bias, None, 0), h
 
     def backward(
@@ -150,7 +150,7 @@ class Backend:
         else:
             if want.x or want.u or want.sigma or want.scale or want.core or want.gate:
                 p = self.shrink(dy, v, None, 0)
-                t = p * scale.to(p.dtype)
+                t = _scaled(p, scale)
                 if gate is not None:
                     t = t * gate_rows(gate.to(p.dtype), index, dy.shape[0], v.shape[1])
                 q = branch_q = _transposed_modulation(t, sigma, core)
@@ -166,10 +166,11 @@ class Backend:
             dbias = dy.sum(0, dtype=accumulator_dtype(dy.dtype)).to(dy.dtype)
         if want.v or want.sigma or want.scale or want.core or want.gate:
             assert h is not None
+            h = h if p is None else h.to(p.dtype)
             modulated = _modulated(h, sigma, core, None, None)
             z = modulated if gate is None else modulated * gate_rows(gate.to(h.dtype), index, h.shape[0], h.shape[1])
             if want.v:
-                dv = self.outer(dy, z * scale.to(z.dtype), v, None, 0)
+                dv = self.outer(dy, _scaled(z, scale), v, None, 0)
             if want.sigma:
                 assert sigma is not None and t is not None
                 dsigma = (h * t).sum(0).to(sigma.dtype)
@@ -181,7 +182,7 @@ class Backend:
                 dscale = (p * z).sum().to(scale.dtype)
             if want.gate:
                 assert gate is not None and p is not None
-                dgate = gate_gradient(p * modulated * scale.to(p.dtype), gate, index)
+                dgate = gate_gradient(_scaled(p, scale) * modulated, gate, index)
         return Gradients(dx, dweight, du, dsigma, dv, dbias, dscale, dcore, dgate)
 
 
@@ -196,6 +197,11 @@ def _modulated(
     if gate is not None:
         z = z * gate_rows(gate.to(h.dtype), index, h.shape[0], h.shape[1])
     return z
+
+
+def _scaled(t: Tensor, scale: Tensor) -> Tensor:
+    """``s t``; nothing to do for s = 1, which a scale on the host can tell without waiting for a device."""
+    return t if scale.device.type == "cpu" and scale.item() == 1.0 else t * scale.to(t.dtype)
 
 
 def _transposed_modulation(t: Tensor, sigma: Tensor | None, core: Tensor | None) -> Tensor:
