@@ -131,7 +131,7 @@ class CpuBackend(EagerBackend):
 
     def outer(self, a: Tensor, q: Tensor, like: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
         if threshold or a.shape[0] <= SMALL_M or not aten_is_fast(a.dtype):
-            return torch.ops.svdkern._cpu_outer.default(a, q, like, rng_state, threshold)
+            return torch.ops.svdkern._cpu_outer.default(a, q.to(torch.float32), like, rng_state, threshold)
         return super().outer(a, q, like, None, 0)
 
     def linear(

@@ -1,0 +1,48 @@
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: no access beside an array, no undefined step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import building
+import pytest
+
+RUN = """
+import building, exercise, numpy as np, sys
+from pathlib import Path
+kernels = building.load(Path(sys.argv[1]))
+kernels.set_pieces(2)
+drop = (5, 6, 20000, 0)
+for isa, runs in kernels.isas():
+    for i, shape in enumerate([(1, 65, 33, 3), (7, 129, 65, 17), (16, 530, 70, 16), (17, 33, 17, 1)] if runs else []):
+        for j, dtype in enumerate(["float32", "bfloat16", "float16"]):
+            layout = ["rows", "columns", "neither"][(i + j) % 3]
+            exercise.whole_layer(kernels, isa, dtype, "float32", shape, layout, drop if j % 2 else (), ["sigma", "core"][i % 2])
+            exercise.whole_layer(kernels, isa, dtype, "bfloat16", shape, layout, (), "plain", "columns")
+            exercise.primitives(kernels, isa, dtype, "float16", (shape[0] * 3, shape[1], shape[3]), layout, drop)
+    assert len(kernels.philox_bits(isa, 1, 2, 3, 4, 5)) == 40 if runs else True
+w = np.ones((3, 5), np.float16)
+kernels.residual(w, np.ones((5, 2), np.float32), None, np.ones((3, 2), np.float32), 1.0, w)
+print("clean")
+"""
+
+
+def test_no_sanitizer_complains() -> None:
+    if (missing := building.why_not()) is not None:
+        pytest.skip(f"needs {missing} to build the tests' module")
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(found):
+        pytest.skip("needs libasan")
+    module = building.build(sanitize=True)
+    environment = os.environ | {
+        "LD_PRELOAD": found,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    done = subprocess.run([sys.executable, "-c", RUN, str(module)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "clean", done.stderr[-4000:]
