@@ -39,7 +39,7 @@ def build(sanitize: bool) -> Path:
     setup = _setup()
     folder = ROOT / "build" / ("cpu_kernels_sanitized" if sanitize else "cpu_kernels")
     folder.mkdir(parents=True, exist_ok=True)
-    mode = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" if sanitize else "-O2"
+    mode = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" if sanitize else "-O2"
     includes = f"-I{sysconfig.get_paths()['include']} -isystem {pybind11.get_include()} -I{ROOT / 'csrc'}"
     lines = [
         f"rule cxx\n  command = g++ -std=c++20 {mode} -fPIC -Wall -Wextra -Werror $flags -MMD -MF $out.d -c $in -o $out",
