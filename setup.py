@@ -18,8 +18,12 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError as old:  # without build isolation nothing else checks [build-system].requires
+    raise SystemExit("svdkern needs setuptools >= 77 to build: pip install --upgrade setuptools") from old
 
 ROOT = Path(__file__).parent
 BYTES_PER_JOB = 1 << 30  # what one compiler may need
@@ -107,7 +111,8 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_directory()
         assert torch is not None
-        build = Path(self.build_temp).resolve()
+        # one place for wheels, editable installs and --inplace: setuptools would take a fresh one, and ninja start over
+        build = ROOT.resolve() / "build" / f"ninja-{sysconfig.get_platform()}"
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)

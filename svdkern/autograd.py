@@ -5,7 +5,7 @@
 active (those need ``setup_context``, which costs 40 us a call more).
 
 Saved: x only if the gradient of u or weight is wanted; h (M, r) only if one of v, sigma, scale, core, gate is; the factors and
-the weight by reference. Nothing of shape (M, N) or (K, N) is ever kept or allocated.
+the weight by reference (under autocast, or where their dtypes differ, the weight's copy in x's dtype).
 """
 
 from __future__ import annotations
@@ -126,10 +126,27 @@ class OperatorFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _dh):
         backend, threshold, want = ctx.rest
-        x, weight, u, sigma, v, scale, core, gate, index, h, rng_state = ctx.saved_tensors
-        found = iter(
-            ops.svd_linear_backward(
-                dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, list(want)
-            )
-        )
+        arguments = dy, *ctx.saved_tensors, threshold, backend, list(want)
+        if torch.compiler.is_compiling():
+            found = iter(ops.svd_linear_backward(*arguments))
+        else:
+            found = iter(_OperatorBackward.apply(*arguments))
         return None, None, None, None, *(next(found) if wanted else None for wanted in want)
+
+
+class _OperatorBackward(torch.autograd.Function):
+    """The backward operator, with an error as its derivative (a raw operator's would be zero, silently)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return tuple(ops.svd_linear_backward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_ONCE)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import os
 import platform
 from typing import Any
@@ -33,7 +34,11 @@ def add_doctor(commands: Any) -> None:
         "backend against float64. Exit status 1 if a test fails, or if SVDKERN_STRICT=1 and the extension is missing.",
     )
     parser.add_argument(
-        "--shape", metavar="MxKxN", default=None, help="also show which path a call of this shape takes, as 1x4096x4096"
+        "--shape",
+        metavar="MxKxN",
+        type=_shape,
+        default=None,
+        help="also show the path of a call of this shape, as 1x4096x4096",
     )
     parser.set_defaults(run=doctor)
 
@@ -82,7 +87,7 @@ def _compiled() -> list[str]:
     return lines
 
 
-def _choices(shape: str | None) -> list[str]:
+def _choices(shape: tuple[int, int, int] | None) -> list[str]:
     lines = ["backend by device and dtype"]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for name, dtype in _DTYPES.items():
@@ -92,7 +97,7 @@ def _choices(shape: str | None) -> list[str]:
                 chosen = f"none: {error}"
             lines.append(f"  {device:<6}{name:<10}{chosen:<8}{_path(chosen, dtype)}")
     if shape is not None:
-        lines.append(_shape_line(shape))
+        lines += _shape_lines(shape)
     return lines
 
 
@@ -103,14 +108,25 @@ def _path(chosen: str, dtype: torch.dtype) -> str:
     return f"M <= {SMALL_M}: one C++ call each way; above: base product by {base}"
 
 
-def _shape_line(shape: str) -> str:
-    try:
-        m, k, n = (int(part) for part in shape.lower().split("x"))
-    except ValueError:
-        return f"  --shape {shape!r} is not of the form MxKxN, as 1x4096x4096"
-    if extension.why_missing is not None:
-        return f"  M={m} K={k} N={n}: eager"
-    return f"  M={m} K={k} N={n}: {'one C++ call each way' if m <= SMALL_M else 'primitives: ' + _path('cpu', torch.float32)}"
+def _shape_lines(shape: tuple[int, int, int]) -> list[str]:
+    m, k, n = shape
+    lines = [f"path of M={m} K={k} N={n}, without gates"]
+    for name, dtype in _DTYPES.items():
+        chosen = dispatch.choose(torch.empty(0, dtype=dtype), None).name
+        path = (
+            "one C++ call each way"
+            if chosen == "cpu" and m <= SMALL_M
+            else _path(chosen, dtype).rpartition("above: ")[2]
+        )
+        lines.append(f"  {name:<10}{chosen:<8}{path}")
+    return lines
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    sizes = [int(part) for part in text.lower().split("x")]
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MxKxN with positive sizes, as 1x4096x4096")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def _self_test() -> tuple[list[str], bool]:
@@ -124,7 +140,7 @@ def _self_test() -> tuple[list[str], bool]:
             for m in (3, 40):
                 try:
                     ratio = _error_in_bounds(backend, name, m)
-                except RuntimeError as error:
+                except (RuntimeError, TypeError, ValueError) as error:
                     lines.append(f"  {backend:<8}{name:<10}M={m:<4}FAILED: {error}".splitlines()[0])
                     healthy = False
                     continue
@@ -154,5 +170,6 @@ def _error_in_bounds(backend: str, dtype_name: str, m: int) -> float:
     truth, size = results(torch.float64, None), results(torch.float64, None, absolute=True)
     for got, exact, magnitude in zip(results(dtype, backend), truth, size, strict=True):
         bound = 2 * _ROUNDOFF[dtype_name] * float(magnitude.norm())
-        worst = max(worst, float((got.double() - exact).norm()) / bound)
+        error = float((got.double() - exact).norm())
+        worst = max(worst, error / bound if math.isfinite(error) else math.inf)
     return worst

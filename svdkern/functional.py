@@ -5,13 +5,15 @@ Layer: above ``autograd`` and ``backends``, below ``nn``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from svdkern.autograd import OperatorFunction, SVDLinearFunction, autocast_is_on, run_forward
-from svdkern.backends.dispatch import choose
+from svdkern.backends.dispatch import choose, strict
 from svdkern.backends.philox import threshold_of
 
 Gate = Tensor | tuple[Tensor, Tensor]
@@ -72,12 +74,12 @@ def svd_linear(
         TypeError: an argument is not a tensor, or has a dtype that cannot be used.
         ValueError: shapes, devices or values that do not fit; the message names both.
     """
+    _check(x, weight, u, sigma, v, bias, core)
+    shape = x.shape
     if autocast_is_on(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
-    shape = x.shape
-    _check(x, shape, weight, u, sigma, v, bias, core)
     if type(scale) is float:
-        scale = torch.tensor(scale, dtype=torch.float32)
+        scale = torch.tensor(scale, dtype=torch.float32, device="cpu")
     else:
         scale = _scale_tensor(scale, x)
     gate_values, index = (None, None) if gate is None and group is None else _gate(x, u.shape[1], gate, group)
@@ -87,7 +89,7 @@ def svd_linear(
     else:
         rng_state = None
     if x.dim() != 2:
-        x = x.reshape(-1, shape[-1])
+        x = x.reshape(math.prod(shape[:-1]), shape[-1])
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         y = _by_operators(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate_values)
     elif torch.is_grad_enabled() and (
@@ -105,8 +107,10 @@ def svd_linear(
             choose(x, backend), index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate_values
         )
     else:
+        # a forward-mode derivative passes through PyTorch's operators, not through ours
+        name = backend if forward_ad._current_level < 0 else "eager"
         y, _ = run_forward(
-            choose(x, backend), x, weight, u, sigma, v, bias, scale, core, gate_values, index, rng_state, threshold
+            choose(x, name), x, weight, u, sigma, v, bias, scale, core, gate_values, index, rng_state, threshold
         )
     return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
@@ -131,7 +135,6 @@ def _autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Te
 
 def _check(
     x: Tensor,
-    shape: torch.Size,
     weight: Tensor | None,
     u: Tensor,
     sigma: Tensor | None,
@@ -139,6 +142,11 @@ def _check(
     bias: Tensor | None,
     core: Tensor | None,
 ) -> None:
+    for name, tensor in (
+        ("x", x), ("u", u), ("v", v), ("weight", weight), ("sigma", sigma), ("bias", bias), ("core", core),
+    ):  # fmt: skip
+        _check_tensor(name, tensor, x)
+    shape = x.shape
     if u.dim() != 2 or v.dim() != 2:
         raise ValueError(f"u and v must be matrices (K, r) and (N, r), got u {_of(u)} and v {_of(v)}")
     width, rank = u.shape
@@ -163,15 +171,17 @@ def _check(
         raise ValueError(f"core is {_of(core)}, expected (r={rank}, r={rank})")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != out):
         raise ValueError(f"bias is {_of(bias)}, expected (N={out},)")
-    device = x.device
-    for name, tensor in (
-        ("x", x), ("u", u), ("v", v), ("weight", weight), ("sigma", sigma), ("bias", bias), ("core", core),
-    ):  # fmt: skip
-        if tensor is not None:
-            if tensor.device != device:
-                raise ValueError(f"{name} is on {tensor.device}, expected x's device {device}")
-            if tensor.dtype not in _FLOATS:
-                raise TypeError(f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def _check_tensor(name: str, tensor: Any, x: Any) -> None:
+    if tensor is None and name not in ("x", "u", "v"):
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected x's device {x.device}")
 
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -179,7 +189,9 @@ _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 def _scale_tensor(scale: Any, x: Tensor) -> Tensor:
     if not isinstance(scale, Tensor):
-        return torch.tensor(float(scale), dtype=torch.float32)
+        if not isinstance(scale, (int, float)):
+            raise TypeError(f"scale is {scale!r}, expected a float or a 0-d tensor")
+        return torch.tensor(float(scale), dtype=torch.float32, device="cpu")
     if scale.dim() != 0:
         raise ValueError(f"scale is {_of(scale)}, expected a float or a 0-d tensor")
     if scale.device.type != "cpu" and scale.device != x.device:
@@ -194,6 +206,7 @@ def _gate(x: Tensor, rank: int, gate: Gate | None, group: Tensor | None) -> tupl
         raise ValueError(f"group is {_of(group)} but gate is None: group selects rows of a gate table")
     if isinstance(gate, tuple):
         index, value = gate
+        _check_tensor("gate", value, x)
         if group is not None:
             raise ValueError("group belongs to a gate table (G, r); gate is a pair (index, value)")
         if index.shape != value.shape or index.shape[:-1] != lead or index.dim() != x.dim():
@@ -202,6 +215,7 @@ def _gate(x: Tensor, rank: int, gate: Gate | None, group: Tensor | None) -> tupl
             )
         index = _in_range(index, rank, "gate index", "r").reshape(-1, index.shape[-1])
         return value.reshape(-1, value.shape[-1]), index
+    _check_tensor("gate", gate, x)
     if gate.dim() != 2 or gate.shape[1] != rank:
         raise ValueError(f"gate is {_of(gate)}, expected (G, r={rank})")
     if group is None:
@@ -214,9 +228,11 @@ def _gate(x: Tensor, rank: int, gate: Gate | None, group: Tensor | None) -> tupl
 
 
 def _in_range(index: Tensor, stop: int, name: str, limit: str) -> Tensor:
-    if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+    if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"{name} is {index.dtype}, expected an integer dtype")
-    readable = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if index.device.type == "meta":
+        return index.to(torch.int64)
+    readable = (index.device.type == "cpu" or strict()) and not torch.compiler.is_compiling()
     if readable and index.numel() and not torch._C._are_functorch_transforms_active():
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= stop:

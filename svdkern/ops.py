@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from svdkern.backends.dispatch import choose
+from svdkern.backends.extension import why_missing
 from svdkern.backends.formula import Gradients, accumulator_dtype
+from svdkern.backends.tracing import one_call_an_example, register
 
 _library = torch.library.Library("svdkern", "FRAGMENT")
 _library.define(
@@ -64,23 +66,6 @@ def _backward_fake(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_
     return [torch.empty_like(tensor) for tensor, wanted in zip(like, want, strict=True) if wanted]
 
 
-def _batched(op):
-    """A vmap rule: one call an example. Right for every mix of batched and shared arguments."""
-
-    def rule(info, in_dims, *args):
-        results = []
-        for example in range(info.batch_size):
-            picked = [
-                arg.select(dim, example) if isinstance(arg, Tensor) and dim is not None else arg
-                for arg, dim in zip(args, in_dims, strict=True)
-            ]
-            results.append(op(*picked))
-        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
-        return (stacked, [0] * len(stacked)) if isinstance(results[0], list) else (tuple(stacked), (0,) * len(stacked))
-
-    return rule
-
-
 svd_linear_forward = torch.ops.svdkern.svd_linear_forward.default
 svd_linear_backward = torch.ops.svdkern.svd_linear_backward.default
 
@@ -90,5 +75,7 @@ for _name, _implementation, _fake in (
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"svdkern::{_name}", _fake, lib=_library)
-torch.library.register_vmap(svd_linear_forward, _batched(svd_linear_forward), lib=_library)
-torch.library.register_vmap(svd_linear_backward, _batched(svd_linear_backward), lib=_library)
+torch.library.register_vmap(svd_linear_forward, one_call_an_example(svd_linear_forward), lib=_library)
+torch.library.register_vmap(svd_linear_backward, one_call_an_example(svd_linear_backward), lib=_library)
+if why_missing is None:
+    register()

@@ -164,6 +164,53 @@ def test_compile_fullgraph_forward_and_backward(backend: str, m: int) -> None:
         assert torch.equal(got, want)
 
 
+def test_second_derivative_under_func_is_a_clear_error() -> None:
+    """A raw operator's derivative would be zero, with a warning at most."""
+    t = layer(6)
+    loss = lambda x: call(t | {"x": x}).pow(2).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="svd_linear is differentiable once"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(t["x"])
+
+
+@pytest.mark.parametrize("m", [4, 40])
+def test_forward_mode_keeps_the_tangent(m: int) -> None:
+    t = layer(m)
+    tangent = torch.randn_like(t["x"])
+    with torch.autograd.forward_ad.dual_level():
+        y = call(t | {"x": torch.autograd.forward_ad.make_dual(t["x"], tangent)})
+        got = torch.autograd.forward_ad.unpack_dual(y).tangent
+    assert got is not None
+    torch.testing.assert_close(got, call(t | {"x": tangent}) - t["bias"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("m", [4, 40])
+def test_batched_upstream_gradients(backend: str, m: int) -> None:
+    t = trainable(layer(m), "x", "u")
+    y = call(t, backend=backend)
+    upstream = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, (t["x"], t["u"]), upstream, is_grads_batched=True, retain_graph=True)
+    for example in range(3):
+        single = torch.autograd.grad(y, (t["x"], t["u"]), upstream[example], retain_graph=True)
+        for a, b in zip(batched, single, strict=True):
+            torch.testing.assert_close(a[example], b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [4, 40])
+def test_fake_tensors_and_default_devices(backend: str, m: int) -> None:
+    """Memory estimators run layers on fake tensors; a default device does not move what belongs to the host."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        t = trainable(layer(m), "x", "u", "sigma", "v")
+        y = call(t, backend=backend, dropout_p=0.5)
+        y.sum().backward()
+        assert y.shape == (m, 32) and t["u"].grad.shape == t["u"].shape
+    real = layer(m)
+    expected = call(real, backend=backend, scale=0.5)
+    with torch.device("meta"):
+        assert torch.equal(call(real, backend=backend, scale=0.5), expected)
+
+
 def test_compile_does_not_recompile_for_a_scale() -> None:
     """Forty layers with forty scales are a compile or two, and a changed scale takes effect (Comfy-Org/ComfyUI#9289)."""
     t = layer()

@@ -56,9 +56,16 @@ def test_panels_never_call_a_half_precision_product(monkeypatch: pytest.MonkeyPa
                 products.extend(a.dtype for a in args if isinstance(a, torch.Tensor) and a.dim() == 2)
             return func(*args, **(kwargs or {}))
 
-    o = cast(operands(40, 48, 64, 8), torch.bfloat16, FLOATS)
-    with Watch():
-        run(lambda leaves: fused(leaves, backend="cpu"), o, torch.randn(40, 64), ("x", "u", "sigma", "v", "bias"))
+    for m, weight, options in (
+        (40, True, {}),
+        (40, False, {}),
+        (8, True, {"gate": torch.ones(1, 8)}),
+        (8, True, {"dropout_p": 1.0}),
+        (40, True, {"dropout_p": 0.5}),
+    ):
+        o = cast(operands(m, 48, 64, 8, weight=weight), torch.bfloat16, FLOATS)
+        with Watch():
+            run(lambda leaves, o=options: fused(leaves, backend="cpu", **o), o, torch.randn(m, 64), present(o))
     assert products and set(products) == {torch.float32}
 
 

@@ -25,13 +25,21 @@ def test_doctor_tests_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         assert "cpu     float16   M=3   ok" in said
 
 
+def test_a_shape_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("4096", "-1x2x3", "axbxc"):
+        with pytest.raises(SystemExit):
+            cli.main(["doctor", f"--shape={text}"])
+    assert "is not MxKxN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fill", [0.0, float("nan")])
 def test_doctor_fails_where_a_backend_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fill: float
 ) -> None:
     from svdkern.backends import dispatch
 
     eager = dispatch.BACKENDS["eager"]
-    monkeypatch.setattr(eager, "outer", lambda a, q, like, rng, t: torch.zeros_like(like), raising=False)
+    monkeypatch.setattr(eager, "outer", lambda a, q, like, rng, t: torch.full_like(like, fill), raising=False)
     assert cli.main(["doctor"]) == 1
     assert "eager   float32   M=3   FAILED" in capsys.readouterr().out
 

@@ -81,7 +81,8 @@ class CpuBackend(EagerBackend):
         threshold: int,
         want: Gradients,
     ) -> Gradients:
-        if dy.shape[0] <= SMALL_M and gate is None and threshold != DROPS_ALL:
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
+        if dy.shape[0] <= SMALL_M and gate is None and threshold != DROPS_ALL and not batched:
             mask = (
                 bool(want.x)
                 | bool(want.u) << 1
@@ -134,6 +135,11 @@ class CpuBackend(EagerBackend):
             return torch.ops.svdkern._cpu_outer.default(a, q.to(torch.float32), like, rng_state, threshold)
         return super().outer(a, q, like, None, 0)
 
+    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if aten_is_fast(x.dtype):
+            return super().weight_gradient(dy, x, weight)
+        return torch.mm(dy.to(torch.float32).t(), x.to(torch.float32)).to(weight.dtype)
+
     def linear(
         self,
         a: Tensor,
@@ -145,8 +151,10 @@ class CpuBackend(EagerBackend):
         threshold: int,
     ) -> Tensor:
         undropped = None if threshold else z
-        if w is None or a.shape[0] <= SMALL_M or aten_is_fast(a.dtype):
+        if aten_is_fast(a.dtype):
             y = super().linear(a, w, undropped, factor, bias, None, 0)
+        elif w is None or a.shape[0] <= SMALL_M:
+            y = _linear_of_few_rows(a, w, undropped, factor, bias)
         else:
             y = _linear_by_panels(a, w, undropped, factor, bias)
         if threshold and z is not None:
@@ -157,6 +165,19 @@ class CpuBackend(EagerBackend):
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _linear_of_few_rows(a: Tensor, w: Tensor | None, z: Tensor | None, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """``a w + z factor^T + bias`` without a half-precision product of ATen's; w may be None for any number of rows."""
+    if w is None:
+        y = a.new_zeros(a.shape[0], factor.shape[0])
+        if bias is not None:
+            y += bias
+    else:
+        y = torch.ops.svdkern._cpu_gemv.default(a, _as(w, a.dtype), _as(bias, a.dtype))
+    if z is not None:
+        y += torch.mm(z.to(torch.float32), factor.to(torch.float32).t())
+    return y
 
 
 def _add_dropped_branch(y: Tensor, z: Tensor, factor: Tensor, rng_state: Tensor, threshold: int) -> None:
@@ -172,10 +193,10 @@ def _linear_by_panels(a: Tensor, w: Tensor, z: Tensor | None, factor: Tensor, bi
     y = a.new_empty(rows, out)
     columns = max(16, min(out, _PANEL_BYTES // (4 * max(width, 1)) // 16 * 16))
     height = min(rows, _PANEL_ROWS)
-    a_panel = torch.empty(height, width, dtype=torch.float32)
+    a_panel = torch.empty(height, width, dtype=torch.float32, device="cpu")
     # in w's own orientation, so that the upcast copies whole rows or row segments
     w_panel = torch.empty_like(w[:, :columns], dtype=torch.float32)
-    y_panel = torch.empty(height * columns, dtype=torch.float32)
+    y_panel = torch.empty(height * columns, dtype=torch.float32, device="cpu")
     transposed = factor.to(torch.float32).t()
     for row in range(0, rows, height):
         a_part = a_panel[: min(height, rows - row)].copy_(a[row : row + height])

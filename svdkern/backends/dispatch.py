@@ -46,6 +46,11 @@ def read_environment() -> Environment:
     return _environment
 
 
+def strict() -> bool:
+    """Whether ``SVDKERN_STRICT=1`` is in force."""
+    return _environment.strict
+
+
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the backend can serve this device and dtype, else the reason in one line."""
     if name == "eager":

@@ -167,22 +167,23 @@ class Backend:
         if want.v or want.sigma or want.scale or want.core or want.gate:
             assert h is not None
             h = h if p is None else h.to(p.dtype)
+            wide = accumulator_dtype(h.dtype)  # products are summed over all rows: not in half precision
             modulated = _modulated(h, sigma, core, None, None)
             z = modulated if gate is None else modulated * gate_rows(gate.to(h.dtype), index, h.shape[0], h.shape[1])
             if want.v:
                 dv = self.outer(dy, _scaled(z, scale), v, None, 0)
             if want.sigma:
                 assert sigma is not None and t is not None
-                dsigma = (h * t).sum(0).to(sigma.dtype)
+                dsigma = (h.to(wide) * t).sum(0).to(sigma.dtype)
             if want.core:
                 assert core is not None and t is not None
-                dcore = torch.mm(h.t(), t).to(core.dtype)
+                dcore = torch.mm(h.to(wide).t(), t.to(wide)).to(core.dtype)
             if want.scale:
                 assert p is not None
-                dscale = (p * z).sum().to(scale.dtype)
+                dscale = (p.to(wide) * z).sum().to(scale.dtype)
             if want.gate:
                 assert gate is not None and p is not None
-                dgate = gate_gradient(_scaled(p, scale) * modulated, gate, index)
+                dgate = gate_gradient(_scaled(p, scale).to(wide) * modulated, gate, index)
         return Gradients(dx, dweight, du, dsigma, dv, dbias, dscale, dcore, dgate)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ def to_double(stored: Array) -> Array:
     """The stored numbers, exactly."""
     if stored.dtype == np.uint16:
         stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of signalling NaNs
+        return stored.astype(np.float64)
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, int], rounds: int) -> tuple[int, ...]:
@@ -41,6 +43,7 @@ def philox(counter: tuple[int, ...], key: tuple[int, int], rounds: int) -> tuple
     return c0, c1, c2, c3
 
 
+@cache
 def bits(seed: int, offset: int, row: int, columns: int) -> list[int]:
     """The 16 random bits of the first columns of a row."""
     low = 0xFFFFFFFF

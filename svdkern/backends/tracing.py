@@ -1,0 +1,66 @@
+"""What tracers and transforms need to know of the private operators: their shapes (fake kernels) and their vmap rule.
+
+Only needed where a call meets the C++ operators directly: fake tensors outside ``torch.compile``, batched gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def one_call_an_example(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A vmap rule: right for every mix of batched and shared arguments."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        results = []
+        for example in range(info.batch_size):
+            picked = [
+                arg.select(dim, example) if isinstance(arg, Tensor) and dim is not None else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            ]
+            results.append(op(*picked))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return (stacked, [0] * len(stacked)) if isinstance(results[0], list) else (tuple(stacked), (0,) * len(stacked))
+
+    return rule
+
+
+def _forward(x, weight, u, sigma, v, bias, scale, core, rng_state, threshold):
+    return x.new_empty(x.shape[0], v.shape[0]), x.new_empty(x.shape[0], u.shape[1], dtype=torch.float32)
+
+
+def _backward(dy, x, weight, u, sigma, v, scale, core, h, rng_state, threshold, mask):
+    dx, dbias = dy.new_empty(dy.shape[0], u.shape[0]), dy.new_empty(v.shape[0])
+    outputs = (dx, u, sigma, v, dbias, scale, core)
+    return [torch.empty_like(output) for bit, output in enumerate(outputs) if mask >> bit & 1]
+
+
+def _shrink(a, f, rng_state, threshold):
+    return a.new_empty(a.shape[0], f.shape[1], dtype=torch.float32)
+
+
+def _outer(a, q, f, rng_state, threshold):
+    return torch.empty_like(f)
+
+
+def _dropout(x, rng_state, threshold, row0):
+    return x.new_empty(x.shape)
+
+
+def _gemv(a, w, bias):
+    return a.new_empty(a.shape[0], w.shape[1])
+
+
+def register() -> None:
+    """Tell PyTorch; called once, where the extension is loaded."""
+    for fake in (_forward, _backward, _shrink, _outer, _dropout, _gemv):
+        name = f"_cpu{fake.__name__}"
+        torch.library.register_fake(f"svdkern::{name}", fake)
+        op = getattr(torch.ops.svdkern, name).default
+        torch.library.register_vmap(op, one_call_an_example(op))

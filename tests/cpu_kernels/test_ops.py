@@ -1,0 +1,231 @@
+"""The private operators, tensors in and out: dtype mixes, strides, ragged sizes, every mask, threads, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdkern.backends import extension
+from svdkern.backends.philox import dropped
+
+pytestmark = pytest.mark.skipif(extension.why_missing is not None, reason="needs the compiled extension")
+
+OPS = torch.ops.svdkern
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = {"M": (0, 1, 2, 7, 16, 33), "K": (1, 5, 17, 64, 129), "N": (1, 5, 17, 64, 129), "r": (0, 1, 3, 16, 17, 100)}
+RNG_STATE = torch.tensor([2**62 + 12345, -3])
+NAMES = ("x", "u", "sigma", "v", "bias", "scale", "core")
+
+
+def _laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same matrix as a plain tensor, a transposed view, a view at an offset, or with no unit stride."""
+    if layout == "transposed":
+        return values.t().contiguous().t()
+    if layout == "offset":
+        big = values.new_zeros(values.shape[0] + 1, values.shape[1] + 3)
+        big[1:, 2 : 2 + values.shape[1]] = values
+        return big[1:, 2 : 2 + values.shape[1]]
+    if layout == "no unit stride":
+        big = values.new_zeros(values.shape[0], 2 * values.shape[1])
+        big[:, ::2] = values
+        return big[:, ::2]
+    if layout == "one row":
+        return values[:1].expand_as(values)
+    return values
+
+
+def _close(found: Tensor, exact: Tensor, scale: Tensor, name: str) -> None:
+    assert found.shape == exact.shape, name
+    if found.numel() == 0:
+        return
+    unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[found.dtype]
+    least = 2.0**-24 if found.dtype == torch.float16 else 0.0
+    bound = 4 * 2.0**-24 * scale.norm() + 1.01 * unit * exact.norm() + least * exact.numel()
+    assert (found.double() - exact).norm() <= bound, f"{name}: {(found.double() - exact).norm()} beyond {bound}"
+
+
+def _formula(x: Tensor, w: Tensor | None, u: Tensor, sigma: Tensor | None, v: Tensor, bias: Tensor, s: float,
+             core: Tensor | None, d: Tensor, dy: Tensor) -> dict[str, Tensor]:  # fmt: skip
+    h = (d * x) @ u
+    z = h @ core if core is not None else h * sigma if sigma is not None else h
+    p = dy @ v
+    t = s * p
+    q = t @ core.t() if core is not None else t * sigma if sigma is not None else t
+    base, dbase = (0, 0) if w is None else (x @ w.t(), dy @ w)
+    return {
+        "y": base + s * z @ v.t() + bias, "h": h, "x": dbase + d * (q @ u.t()), "u": (d * x).t() @ q,
+        "sigma": (h * t).sum(0), "v": s * dy.t() @ z, "bias": dy.sum(0), "scale": (p * z).sum(), "core": h.t() @ t,
+    }  # fmt: skip
+
+
+def _cases(count: int) -> list[int]:
+    return list(range(count))
+
+
+@pytest.mark.parametrize("case", _cases(120))
+def test_layer(case: int) -> None:
+    """A drawn corner of dtypes x factor dtypes x layouts x sizes x forms; together they hold every value many times."""
+    draw = random.Random(case)
+    m, k, n, r = (draw.choice(SIZES[name]) for name in ("M", "K", "N", "r"))
+    dtype = draw.choice(DTYPES)
+    generator = torch.Generator().manual_seed(case)
+
+    def normal(*shape: int, to: torch.dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(to)
+
+    layouts = ("plain", "transposed", "offset", "no unit stride")
+    x = _laid_out(normal(m, k, to=dtype), draw.choice((*layouts, "one row")) if m else "plain")
+    dy = _laid_out(normal(m, n, to=dtype), draw.choice((*layouts, "one row")) if m else "plain")
+    w = None if draw.random() < 0.1 else _laid_out(normal(n, k, to=dtype), draw.choice(layouts))
+    u = _laid_out(normal(k, r, to=draw.choice(DTYPES)), draw.choice(layouts))
+    v = _laid_out(normal(n, r, to=draw.choice(DTYPES)), draw.choice(layouts))
+    form = draw.choice(("plain", "sigma", "core"))
+    sigma = normal(2 * r, to=draw.choice(DTYPES))[::2] if form == "sigma" else None
+    core = _laid_out(normal(r, r, to=draw.choice(DTYPES)), draw.choice(layouts)) if form == "core" else None
+    bias, scale = normal(n, to=dtype), torch.tensor(draw.choice((1.0, -0.5)))
+    threshold = draw.choice((0, 0, 6554, 40000))
+    rng_state = RNG_STATE if threshold else None
+
+    y, h = OPS._cpu_forward(x, w, u, sigma, v, bias, scale, core, rng_state, threshold)
+    available = [name for name in NAMES if not (name == "sigma" and sigma is None or name == "core" and core is None)]
+    asked = [name for name in available if draw.random() < 0.7]
+    mask = sum(1 << NAMES.index(name) for name in asked)
+    found = OPS._cpu_backward(
+        dy, x if "u" in asked else None, w, u, sigma, v, scale, core,
+        h if {"v", "sigma", "core", "scale"} & set(asked) else None, rng_state, threshold, mask,
+    )  # fmt: skip
+    assert len(found) == len(asked)
+
+    d = torch.ones(m, k, dtype=torch.float64)
+    if threshold and m and k:
+        d = dropped(d, RNG_STATE, threshold)
+    operands = [None if a is None else a.double() for a in (x, w, u, sigma, v, bias)]
+    last = (None if core is None else core.double(), d, dy.double())
+    exact = _formula(*operands, scale.item(), *last)  # type: ignore[arg-type]
+    absolute = _formula(*(None if a is None else a.abs() for a in operands), abs(scale.item()),  # type: ignore[arg-type]
+                        *(None if a is None else a.abs() for a in last))  # fmt: skip
+    assert y.dtype == dtype and h.dtype == torch.float32
+    inputs = {"x": dy, "u": u, "sigma": sigma, "v": v, "bias": dy, "scale": scale, "core": core}
+    for name, gradient in zip(("y", "h", *asked), (y, h, *found), strict=True):
+        _close(gradient, exact[name], absolute[name], name)
+    for name, gradient in zip(asked, found, strict=True):
+        assert gradient.dtype == inputs[name].dtype  # type: ignore[union-attr]
+        if name in ("u", "v") and gradient.numel() > gradient.shape[0] > 1:
+            factor = inputs[name]
+            assert factor is not None
+            by_columns = factor.stride(0) == 1 and factor.stride(1) != 1
+            assert gradient.stride() == ((1, gradient.shape[0]) if by_columns else (gradient.shape[1], 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    m, k, n, r = 16, 1537, 1030, 17
+    x, dy, w = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n, k).to(dtype)
+    u, v, sigma, s = torch.randn(k, r), torch.randn(n, r), torch.randn(r), torch.tensor(0.5)
+    many, q = torch.randn(150, k).to(dtype), torch.randn(150, r)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, h = OPS._cpu_forward(x, w, u, sigma, v, None, s, None, RNG_STATE, 6554)
+            grads = OPS._cpu_backward(dy, x, w, u, sigma, v, s, None, h, RNG_STATE, 6554, 0b0111111)
+            residual = OPS._cpu_residual(w, u, sigma, v, 0.5)
+            results.append([y, h, *grads, residual, OPS._cpu_shrink(many, u, None, 0), OPS._cpu_outer(many, q, u, None, 0),
+                            OPS._cpu_gemv(x, w.t(), None), OPS._cpu_gemv(dy, w, None)])  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "threshold"), list(itertools.product(DTYPES, (0, 13107))))
+def test_shrink_and_outer_of_many_rows(dtype: torch.dtype, threshold: int) -> None:
+    a, f, q = torch.randn(77, 300).to(dtype), torch.randn(17, 300).bfloat16().t(), torch.randn(17, 77).t()
+    d = (
+        dropped(torch.ones(77, 300, dtype=torch.float64), RNG_STATE, threshold)
+        if threshold
+        else torch.ones(77, 300).double()
+    )
+    masked = d * a.double()
+    _close(OPS._cpu_shrink(a, f, RNG_STATE, threshold), masked @ f.double(), masked.abs() @ f.double().abs(), "shrink")
+    found = OPS._cpu_outer(a, q, f, RNG_STATE, threshold)
+    _close(found, masked.t() @ q.double(), masked.abs().t() @ q.double().abs(), "outer")
+    assert found.dtype == f.dtype and found.stride() == f.stride()
+
+
+def test_dropout_starts_at_any_row() -> None:
+    x = torch.randn(9, 70)
+    whole = OPS._cpu_dropout(x, RNG_STATE, 20000, 0)
+    assert torch.equal(OPS._cpu_dropout(x[4:], RNG_STATE, 20000, 4), whole[4:])
+    assert torch.allclose(whole, dropped(x, RNG_STATE, 20000))
+
+
+def test_rows_and_columns_far_apart() -> None:
+    """Strides beyond 2^31 elements: fla-org/flash-linear-attention#1080, without the memory."""
+    step = 2**30 + 8
+    storage = torch.empty(2 * step + 64, dtype=torch.bfloat16)  # pages that nobody touches are not there
+    far = storage.as_strided((3, 64), (step, 1))
+    far.copy_(torch.randn(3, 64))
+    w, u, v = torch.randn(5, 64).bfloat16(), torch.randn(64, 3), torch.randn(5, 3)
+    s = torch.tensor(1.0)
+    for a, b in zip(
+        OPS._cpu_forward(far, w, u, None, v, None, s, None, None, 0),
+        OPS._cpu_forward(far.contiguous(), w, u, None, v, None, s, None, None, 0),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    dy = torch.randn(2, 3).bfloat16()
+    assert torch.equal(OPS._cpu_gemv(dy, far, None), OPS._cpu_gemv(dy, far.contiguous(), None))
+    x = torch.randn(2, 64).bfloat16()
+    assert torch.equal(OPS._cpu_gemv(x, far.t(), None), OPS._cpu_gemv(x, far.contiguous().t(), None))
+
+
+def test_inputs_are_left_alone() -> None:
+    tensors = [torch.randn(4, 64), torch.randn(32, 64), torch.randn(64, 4), torch.randn(4), torch.randn(32, 4)]
+    before, versions = [t.clone() for t in tensors], [t._version for t in tensors]
+    x, w, u, sigma, v = tensors
+    s = torch.tensor(1.0)
+    y, h = OPS._cpu_forward(x, w, u, sigma, v, None, s, None, None, 0)
+    OPS._cpu_backward(y, x, w, u, sigma, v, s, None, h, None, 0, 0b0111111)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert versions == [t._version for t in tensors]
+
+
+def test_refusals_name_the_value() -> None:
+    x, w, u, v, s = torch.randn(2, 8), torch.randn(6, 8), torch.randn(8, 3), torch.randn(6, 3), torch.tensor(1.0)
+
+    def refused(match: str, **changed: object) -> None:
+        given = {"x": x, "weight": w, "u": u, "sigma": None, "v": v, "bias": None, "scale": s, "core": None,
+                 "rng_state": None, "threshold": 0} | changed  # fmt: skip
+        with pytest.raises(RuntimeError, match=match):
+            OPS._cpu_forward(**given)
+
+    refused("rows of u is 7, expected 8", u=torch.randn(7, 3))
+    refused("columns of v is 2, expected 3", v=torch.randn(6, 2))
+    refused("rows of weight is 5, expected 6", weight=torch.randn(5, 8))
+    refused("columns of weight is 9, expected 8", weight=torch.randn(6, 9))
+    refused("size of sigma is 4, expected 3", sigma=torch.randn(4))
+    refused("size of bias is 1, expected 6", bias=torch.randn(1))
+    refused("rows of core is 2, expected 3", core=torch.randn(2, 3))
+    refused("exclude each other", core=torch.randn(3, 3), sigma=torch.randn(3))
+    refused("weight must have the dtype of x", weight=w.bfloat16())
+    refused("u has a dtype without kernels", u=u.double())
+    refused("x has 3 dimensions, expected 2", x=x[None])
+    refused("threshold is 65536", threshold=65536, rng_state=RNG_STATE)
+    refused("rng_state is None", threshold=1)
+    refused("rng_state must be", threshold=1, rng_state=torch.tensor([1]))
+    refused("scale must be", scale=torch.tensor([1.0, 2.0]))
+    with pytest.raises(RuntimeError, match="x is None"):
+        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, None, None, 0, 2)
+    with pytest.raises(RuntimeError, match="h is None"):
+        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, None, None, 0, 8)
+    with pytest.raises(RuntimeError, match="gradient of sigma, which is None"):
+        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, torch.randn(2, 3), None, 0, 4)
+
+
+def test_the_isa_is_one_that_is_compiled_in() -> None:
+    assert OPS._cpu_isa() in OPS._cpu_isas().split(",")
