@@ -100,7 +100,7 @@ class _AddmmFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
         x, weight, u, v, h = ctx.saved_tensors
         q = dy @ v
         dx = dy @ weight
@@ -116,7 +116,7 @@ class Addmm(Provider):
 
     def forward(self) -> Tensor:
         o = self.operands
-        return _AddmmFunction.apply(o.x, o.weight, o.u, o.v, o.scale)  # type: ignore[no-untyped-call]
+        return _AddmmFunction.apply(o.x, o.weight, o.u, o.v, o.scale)
 
 
 def _eager_expression(x: Tensor, weight: Tensor, u: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -144,8 +144,8 @@ class Peft(Provider):
         super().__init__(operands)
         (k, r), n = operands.u.shape, operands.v.shape[0]
         place = {"device": operands.x.device, "dtype": self.adapter_dtype or operands.x.dtype}
-        self.lora_a = nn.Linear(k, r, bias=False, **place)  # type: ignore[arg-type]
-        self.lora_b = nn.Linear(r, n, bias=False, **place)  # type: ignore[arg-type]
+        self.lora_a = nn.Linear(k, r, bias=False, **place)
+        self.lora_b = nn.Linear(r, n, bias=False, **place)
         with torch.no_grad():
             self.lora_a.weight.copy_(operands.u.t())
             self.lora_b.weight.copy_(operands.v)

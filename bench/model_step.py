@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def adapted(
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora, autocast_adapter_dtype=name == "peft_default")  # type: ignore[arg-type]
+        model = get_peft_model(model, lora, autocast_adapter_dtype=name == "peft_default")
     with torch.no_grad():
         # PEFT starts from B = 0; equal, nonzero factors for everyone, since zeros run faster on some devices.
         for parameter in model.parameters():
@@ -278,6 +279,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT calls what will be renamed
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.memory_of:

@@ -29,6 +29,8 @@ def why_not() -> str | None:
     for package in ("pybind11", "numpy"):
         if importlib.util.find_spec(package) is None:
             return package
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python.h (python3-dev)"
     return None if _setup().ninja() else "ninja"
 
 
