@@ -64,7 +64,7 @@ def svd_linear(
         backend: "eager", "cpu" or None (the fastest correct one).
 
     The factors may have any floating dtype, each its own (float32 masters under bfloat16 activations); they are cast, x never
-    is, and their gradients come back in their dtype. Sums are kept in float32 (float64 for float64). Under autocast x, weight
+    is, and their gradients come back in their dtype. Under autocast x, weight
     and bias take autocast's dtype, as in ``torch.nn.functional.linear``. Differentiable once.
 
     Returns:
