@@ -280,6 +280,7 @@ def test_mask_is_addressed_by_position() -> None:
     whole = keep_mask(40, 37, RNG, threshold_of(0.3))
     assert torch.equal(keep_mask(10, 37, RNG, threshold_of(0.3), row0=30), whole[30:])
     assert torch.equal(keep_mask(40, 20, RNG, threshold_of(0.3)), whole[:, :20])
+    assert keep_mask(0, 37, RNG, threshold_of(0.3)).shape == (0, 37)
     dropped = 1 - keep_mask(2000, 500, RNG, threshold_of(0.3)).double().mean()
     assert abs(float(dropped) - 0.3) < 5 * (0.3 * 0.7 / 1e6) ** 0.5
 

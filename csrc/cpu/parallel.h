@@ -6,7 +6,7 @@
 namespace svdkern {
 namespace {
 
-constexpr int64_t worth_a_thread = 1 << 16;  // multiply-adds: about what waking a thread costs
+constexpr int64_t worth_a_thread = 1 << 18;  // multiply-adds: 10 to 20 us, a few times what waking a thread costs
 
 // body(begin, end) over [0, count), each item about `cost` multiply-adds.
 template <class Body>

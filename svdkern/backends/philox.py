@@ -56,7 +56,7 @@ def keep_mask(rows: int, cols: int, rng_state: Tensor, threshold: int, row0: int
     counter = (row, octet, offset & _LOW, (offset >> 32) & _LOW)
     words = torch.stack(philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW), rounds=7), dim=-1)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return (halves.reshape(rows, -1)[:, :cols]) >= threshold
+    return halves.reshape(rows, 8 * octet.shape[1])[:, :cols] >= threshold
 
 
 def dropped(a: Tensor, rng_state: Tensor, threshold: int, row0: int = 0) -> Tensor:

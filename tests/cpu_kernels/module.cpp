@@ -1,5 +1,6 @@
-// The torch-free kernels bound to numpy, for the tests only: float32, float16, uint16 (the bits of bf16) and float64 arrays
-// with any strides become the Params of svdkern.h; nothing is checked, so the sanitizers see what the kernels really touch.
+// The torch-free kernels bound to numpy, for the tests only: float32, float16, uint16 (the bits of bf16) and float64
+// arrays with any strides become the Params of svdkern.h; nothing is checked, so the sanitizers see what the kernels
+// really touch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -108,25 +109,27 @@ PYBIND11_MODULE(cpu_kernels_module, m) {
   m.def("chunks_of", chunks_of);
   m.def("dot_width", dot_width);
   m.def("round_up", round_up);
-  m.def("philox_bits", [](const std::string& isa, uint64_t seed, uint64_t offset, int64_t row, int64_t octet0, int64_t n) {
-    std::vector<uint16_t> bits(static_cast<size_t>(round_up(n, 8) * 8));
-    kernels(isa).philox_bits(seed, offset, row, octet0, n, bits.data());
-    bits.resize(static_cast<size_t>(n * 8));
-    return bits;
-  });
-  m.def("forward", [](const std::string& isa, py::object x, py::object weight, py::object u, py::object sigma, py::object v,
-                      py::object bias, float scale, py::object core, py::tuple dropout, py::object y, py::object h) {
-    kernels(isa).forward({in(x), in(weight), in(u), in(v), in(core), vector_of(sigma), vector_of(bias), scale,
-                          dropout_of(dropout), out(y), floats(h), split});
-  });
-  m.def("backward", [](const std::string& isa, py::object dy, py::object x, py::object weight, py::object u, py::object sigma,
-                       py::object v, float scale, py::object core, py::object h, py::tuple dropout, py::object dx,
-                       py::object du, py::object dsigma, py::object dv, py::object dbias, py::object dscale,
-                       py::object dcore) {
-    kernels(isa).backward({in(dy), in(x), in(weight), in(u), in(v), in(core), in(h), vector_of(sigma), scale,
-                           dropout_of(dropout), out(dx), out(du), out(dv), out(dcore), out_vector(dsigma),
-                           out_vector(dbias), floats(dscale), split});
-  });
+  m.def("philox_bits",
+        [](const std::string& isa, uint64_t seed, uint64_t offset, int64_t row, int64_t octet0, int64_t n) {
+          std::vector<uint16_t> bits(static_cast<size_t>(round_up(n, 8) * 8));
+          kernels(isa).philox_bits(seed, offset, row, octet0, n, bits.data());
+          bits.resize(static_cast<size_t>(n * 8));
+          return bits;
+        });
+  m.def("forward",
+        [](const std::string& isa, py::object x, py::object weight, py::object u, py::object sigma, py::object v,
+           py::object bias, float scale, py::object core, py::tuple dropout, py::object y, py::object h) {
+          kernels(isa).forward({in(x), in(weight), in(u), in(v), in(core), vector_of(sigma), vector_of(bias), scale,
+                                dropout_of(dropout), out(y), floats(h), split});
+        });
+  m.def("backward",
+        [](const std::string& isa, py::object dy, py::object x, py::object weight, py::object u, py::object sigma,
+           py::object v, float scale, py::object core, py::object h, py::tuple dropout, py::object dx, py::object du,
+           py::object dsigma, py::object dv, py::object dbias, py::object dscale, py::object dcore) {
+          kernels(isa).backward({in(dy), in(x), in(weight), in(u), in(v), in(core), in(h), vector_of(sigma), scale,
+                                 dropout_of(dropout), out(dx), out(du), out(dv), out(dcore), out_vector(dsigma),
+                                 out_vector(dbias), floats(dscale), split});
+        });
   m.def("shrink", [](const std::string& isa, py::object a, py::object f, py::tuple dropout, py::object result) {
     kernels(isa).shrink({in(a), in(f), dropout_of(dropout), floats(result), split});
   });
@@ -139,7 +142,8 @@ PYBIND11_MODULE(cpu_kernels_module, m) {
   m.def("gemv", [](const std::string& isa, py::object a, py::object w, py::object bias, py::object result) {
     kernels(isa).gemv({in(a), in(w), vector_of(bias), out(result), split});
   });
-  m.def("residual", [](py::object weight, py::object u, py::object sigma, py::object v, double scale, py::object result) {
-    residual({in(weight), in(u), in(v), vector_of(sigma), scale, out(result), split});
-  });
+  m.def("residual",
+        [](py::object weight, py::object u, py::object sigma, py::object v, double scale, py::object result) {
+          residual({in(weight), in(u), in(v), vector_of(sigma), scale, out(result), split});
+        });
 }
