@@ -2,7 +2,7 @@
 
 ``SVDLinearFunction`` is the hot path: a ctx-style ``torch.autograd.Function`` that calls the chosen backend directly.
 ``OperatorFunction`` does the same through the two public operators, where a compiler traces or a ``torch.func`` transform is
-active (those need ``setup_context``, which costs 40 us a call more).
+active (those need ``setup_context``, which makes every call slower).
 
 Saved: x only if the gradient of u or weight is wanted; h (M, r) only if one of v, sigma, scale, core, gate is; the factors and
 the weight by reference (under autocast, or where their dtypes differ, the weight's copy in x's dtype).
