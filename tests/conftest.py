@@ -7,6 +7,8 @@ import torch
 
 from svdkern.backends import extension
 
+pytest.register_assert_rewrite("operands")  # shared checks say as much as a test's own
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

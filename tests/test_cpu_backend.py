@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_functional import RNG, cast, check, fused, operands, present, run
+from operands import RNG, cast, check, fused, operands, present, run
 
 from svdkern import svd_linear
 from svdkern.backends import cpu, extension

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from accuracy import assert_accurate
-from test_functional import cast, fused, operands, plain, present, run
+from operands import cast, fused, operands, plain, present, run
 
 from svdkern.backends.philox import keep_mask, keep_scale, threshold_of
 
