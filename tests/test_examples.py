@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_llama import tiny_llama
 
-pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("peft", reason="needs peft")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]  # neither bench/ nor examples/ is installed
 
 import demo_report  # noqa: E402
 import finetune_smollm2 as demo  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import svdkern  # noqa: E402
 from bench import model_step  # noqa: E402
@@ -28,17 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Any, Path]:
     """A tiny tied Llama and the folder that the demo exports it to."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    model: Any = LlamaForCausalLM(config)
+    model = tiny_llama()
     folder = tmp_path / "base"
     folder.mkdir()
     demo.export_model(model, folder)

@@ -7,32 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_llama import tiny_llama
 from torch import Tensor, nn
 
 from svdkern.model import adapt, merge
 from svdkern.nn import SVDLinear
 
 pytestmark = pytest.mark.peer
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft", reason="needs peft")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 IDS = torch.arange(24).view(2, 12) % 60
-
-
-def llama(dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny Llama from its configuration; nothing is downloaded."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config).to(dtype)
 
 
 def peft_model(base: Any, init: Any, rank: int, alpha: float, targets: Any = "all-linear") -> Any:
@@ -65,7 +50,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> bool:
 
 @pytest.mark.parametrize("alpha", [4.0, 8.0])
 def test_pissa_has_the_products_and_gradients_of_peft(alpha: float) -> None:
-    ours, theirs = llama(), peft_model(llama(), "pissa", 4, alpha)
+    ours, theirs = tiny_llama(), peft_model(tiny_llama(), "pissa", 4, alpha)
     weights = {n: m.weight.detach().double() for n, m in ours.named_modules() if isinstance(m, nn.Linear)}
     adapt(ours, "pissa", rank=4, alpha=alpha)
     matched = pairs(ours, theirs)
@@ -96,7 +81,7 @@ def test_pissa_has_the_products_and_gradients_of_peft(alpha: float) -> None:
 
 
 def test_lora_trains_as_in_peft() -> None:
-    ours, theirs = llama(), peft_model(llama(), True, 4, 8.0)
+    ours, theirs = tiny_llama(), peft_model(tiny_llama(), True, 4, 8.0)
     adapt(ours, "lora", rank=4, alpha=8.0)
     matched = pairs(ours, theirs)
     with torch.no_grad():
@@ -104,7 +89,7 @@ def test_lora_trains_as_in_peft() -> None:
             assert torch.equal(layer.residual, other.get_base_layer().weight)
             assert layer.v.abs().max() == 0 == other.lora_B["default"].weight.abs().max()
             other.lora_A["default"].weight.copy_(layer.u.t())
-    assert torch.equal(ours(IDS).logits, llama()(IDS).logits) or close(ours(IDS).logits, llama()(IDS).logits)
+    assert torch.equal(ours(IDS).logits, tiny_llama()(IDS).logits) or close(ours(IDS).logits, tiny_llama()(IDS).logits)
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.5) for m in (ours, theirs)]
     for _ in range(4):
         losses = []
@@ -126,7 +111,7 @@ def test_lora_trains_as_in_peft() -> None:
 
 def test_pissa_of_a_bf16_model_starts_closer_to_it_than_peft() -> None:
     """Factors are rounded before the residual is computed, so the sum is the weight to one rounding."""
-    base = llama(torch.bfloat16)
+    base = tiny_llama(torch.bfloat16)
     weights = {n: m.weight.detach().clone() for n, m in base.named_modules() if isinstance(m, nn.Linear)}
     ours = copy.deepcopy(base)
     adapt(ours, "pissa", rank=4)
@@ -146,7 +131,7 @@ def test_pissa_of_a_bf16_model_starts_closer_to_it_than_peft() -> None:
     "targets", ["all-linear", ["q_proj", "down_proj"], r".*\.1\.mlp\..*_proj", ["0.self_attn.k_proj"]]
 )
 def test_the_same_layers_are_adapted(targets: Any) -> None:
-    ours, theirs = llama(), peft_model(llama(), True, 2, 2.0, targets)
+    ours, theirs = tiny_llama(), peft_model(tiny_llama(), True, 2, 2.0, targets)
     report = adapt(ours, "lora", rank=2, target_modules=targets)
     expected = [n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "base_layer")]
     assert [row.name for row in report.layers] == expected
