@@ -122,13 +122,15 @@ def call_error(layer: Provider, mode: str, exact: dict[str, torch.Tensor]) -> fl
     return max(harness.relative_error(value, exact[name]) for name, value in found.items())
 
 
-def estimated_seconds(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, mode: str) -> float:
-    """Seconds a call would take, from a few rows: ATen's bf16 can be 300 times slower than fp32 on CPUs without it."""
+def estimated_seconds(name: str, shape: Shape, dtype: torch.dtype, mode: str, limit: float) -> float:
+    """Seconds a call would take, from a few rows: ATen's bf16 can be 300 times slower than fp32 on CPUs without it.
+
+    What is below `limit` is not measured any closer.
+    """
     rows = min(shape.M, 4)
-    layer = PROVIDERS[name](make_operands(Shape(rows, shape.K, shape.N, shape.r), dtype, device, 1)[0])
-    call = make_call([layer], mode)
-    call(0)
-    return harness.cpu_clock(call, 0, 1) * shape.M / rows
+    layer = PROVIDERS[name](make_operands(Shape(rows, shape.K, shape.N, shape.r), dtype, torch.device("cpu"), 1)[0])
+    share = rows / shape.M
+    return harness.least_seconds(make_call([layer], mode), limit * share, clock=harness.cpu_clock) / share
 
 
 def measure(
@@ -148,7 +150,7 @@ def measure(
         # A few rows cost nothing, and tell a provider that would take minutes before it takes them.
         try:
             if slow_dtype and shape.M > 4:
-                expected = estimated_seconds(name, shape, dtype, device, mode)
+                expected = estimated_seconds(name, shape, dtype, mode, options.max_call_seconds)
                 if expected > options.max_call_seconds:
                     reasons[name] = f"skipped: a call would take about {expected:.0f} s"
         except Exception as error:  # a rival that fails is a row with its reason, whatever it raises

@@ -179,12 +179,14 @@ def make_ids(model: nn.Module, tokens: int, sequence: int, device: torch.device)
     return torch.randint(0, vocabulary, (tokens // sequence, sequence), generator=generator).to(device)
 
 
-def expected_seconds(model: nn.Module, ids: Tensor) -> float:
-    """A step's seconds estimated from 4 tokens: ATen's bf16 backward takes minutes on CPUs without bf16 hardware."""
+def expected_seconds(model: nn.Module, ids: Tensor, limit: float) -> float:
+    """A step's seconds estimated from 4 tokens: ATen's bf16 backward takes minutes on CPUs without bf16 hardware.
+
+    What is below `limit` is not measured any closer.
+    """
     few = ids[:1, :4]
-    start = time.perf_counter()
-    make_step(model, few)(0)
-    return (time.perf_counter() - start) * ids.numel() / few.numel()
+    share = few.numel() / ids.numel()
+    return harness.least_seconds(make_step(model, few), limit * share, tries=2, clock=harness.cpu_clock) / share
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -198,7 +200,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             model = adapted(name, options.model, dtype, device, options.adapter, options.rank)
             ids = make_ids(model, options.tokens, options.sequence, device)
             if device.type == "cpu" and dtype != torch.float32 and not harness.bf16_hardware():
-                expected = expected_seconds(model, ids)
+                expected = expected_seconds(model, ids, options.max_step_seconds)
                 if expected > options.max_step_seconds:
                     reasons[name] = f"skipped: a step in {options.dtype} would take about {expected:.0f} s on this CPU"
                     continue

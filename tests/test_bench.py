@@ -89,6 +89,22 @@ def test_interleave_keeps_within_its_rounds() -> None:
     assert harness.interleave({"a": lambda i: "a"}, seconds=100, max_rounds=8, clock=clock)["a"].n == 8
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expected", "tries"),
+    [([0.1], 0.1, 1), ([9.0, 0.1], 0.1, 2), ([9.0, 3.0, 5.0, 4.0], 3.0, 4)],
+    ids=["fast", "first call slow", "slow"],
+)
+def test_the_least_of_a_few_calls_decides_what_is_too_slow(seconds: list[float], expected: float, tries: int) -> None:
+    asked: list[int] = []
+
+    def clock(call: Any, first: int, calls: int) -> float:
+        asked.append(first)
+        return seconds[first]
+
+    assert harness.least_seconds(lambda i: None, 1.0, clock=clock) == expected
+    assert len(asked) == tries
+
+
 @pytest.mark.parametrize(("size", "expected"), [(1000, 1), (1 << 20, 96), (64 << 20, 8), (1 << 30, 2)])
 def test_rotation_exceeds_the_cache_where_the_layer_does(size: int, expected: int) -> None:
     assert harness.rotation_length(size) == expected
@@ -198,6 +214,14 @@ def test_slow_half_precision_is_skipped_and_compared_with_fp32(
     assert rows["frozen_fp32"]["dtype"] == "fp32" and rows["frozen_fp32"]["ratio_to_frozen"] == 1.0
     assert rows["eager"]["ratio_to_frozen"] is not None and "fp32" in rows["eager"]["reason"]
     assert "(fp32)" in report.linear_table(list(rows.values()), "fwd")
+
+
+def test_one_slow_call_leaves_no_provider_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the frozen layer at 2048x2048x2048 was left out, and every ratio was to fp32."""
+    seconds = iter([0.2, 0.2, 0.004])
+    monkeypatch.setattr(harness, "cpu_clock", lambda call, first, calls: next(seconds))
+    shape = linear.Shape(40, 16, 8, 2)  # estimated from 4 rows, a tenth
+    assert linear.estimated_seconds("frozen", shape, torch.bfloat16, "fwd", 0.5) == pytest.approx(0.04)
 
 
 # ----------------------------------------------------------------------------------------------------- tables
