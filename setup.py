@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -79,6 +80,16 @@ def ninja() -> str | None:
     return str(Path(BIN_DIR) / "ninja")
 
 
+def ninja_path(path: Path) -> str:
+    """A path as a build statement takes it: a checkout may lie in a folder with a space in its name."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def ninja_words(*words: str | Path) -> str:
+    """Words of a command, as they are: quoted for the shell, and then for ninja."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
 def torch_directory() -> Path | None:
     """Where torch is installed; it is looked for, not imported (importing it costs seconds)."""
     from importlib.util import find_spec
@@ -131,31 +142,32 @@ class NinjaBuild(build_ext):
         strict = " -Werror" if os.environ.get("SVDKERN_WERROR") == "1" else ""  # a new compiler's warning stops no user
         warnings = f"-Wall -Wextra{strict}"
         common = f"-O3 -fPIC -fvisibility=hidden {warnings}"
-        cxx = " ".join(compiler("CXX", "g++") or [])
-        cc = " ".join(compiler("CC", "gcc") or [])
-        extra = os.environ.get("CXXFLAGS", "")
+        cxx = ninja_words(*compiler("CXX", "g++") or [])
+        cc = ninja_words(*compiler("CC", "gcc") or [])
+        cxxflags, ldflags = (ninja_words(*shlex.split(os.environ.get(name, ""))) for name in ("CXXFLAGS", "LDFLAGS"))
+        root = ROOT.resolve()
+        exports = root / "csrc/exports.map"
+        script = ninja_words(f"-Wl,--version-script={exports}")
         sources = {
             **kernel_sources(),
-            "csrc/ops.cpp": f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {torch / 'include'}",
+            "csrc/ops.cpp": f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {ninja_words(torch / 'include')}",
         }
         lines = [
             "ninja_required_version = 1.5",
-            f"rule cxx\n  command = {cxx} -std=c++20 {common} {extra} $flags -MMD -MF $out.d -c $in -o $out",
+            f"rule cxx\n  command = {cxx} -std=c++20 {common} {cxxflags} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $in",
             f"rule cc\n  command = {cc} {common} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $in",
-            f"rule link\n  command = {cxx} -shared -Wl,--version-script={ROOT.resolve() / 'csrc/exports.map'} "
-            f"-Wl,--as-needed -o $out $in -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10 "
-            f"{os.environ.get('LDFLAGS', '')}",
+            f"rule link\n  command = {cxx} -shared {script} -Wl,--as-needed -o $out $in "
+            f"-L{ninja_words(torch / 'lib')} -ltorch -ltorch_cpu -lc10 {ldflags}",
             "  description = $out",
         ]
         objects = []
         for source, flags in sources.items():
             objects.append(f"{Path(source).stem}.o")
-            lines.append(f"build {objects[-1]}: cxx {ROOT.resolve() / source}\n  flags = {flags}")
-        lines.append(f"build module.o: cc {ROOT.resolve() / 'csrc/module.c'}\n  flags =")
-        exports = ROOT.resolve() / "csrc/exports.map"
-        lines.append(f"build {linked.name}: link {' '.join(objects)} module.o | {exports}")
+            lines.append(f"build {objects[-1]}: cxx {ninja_path(root / source)}\n  flags = {flags}")
+        lines.append(f"build module.o: cc {ninja_path(root / 'csrc/module.c')}\n  flags =")
+        lines.append(f"build {linked.name}: link {' '.join(objects)} module.o | {ninja_path(exports)}")
         return "\n".join(lines) + "\n"
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from setuptools import Distribution
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,6 +58,33 @@ def test_a_build_environment_without_torch_still_gives_a_package(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert wheels == ["svdkern-0.1.0-py3-none-any.whl"]
     assert "no torch in the build environment" in done.stderr
+
+
+def test_the_build_takes_any_folder_name_and_any_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ninja would run names files that are there and flags that are whole, with all that is special to it or to the shell."""
+    source = _copy(tmp_path / "it's a $folder: with spaces")
+    setup = SimpleNamespace(**runpy.run_path(str(source / "setup.py")))
+    if setup.ninja() is None:
+        pytest.skip("needs ninja")
+    monkeypatch.setenv("CXXFLAGS", "-DNAME='a b'")
+    monkeypatch.setenv("LDFLAGS", "-Wl,-rpath,'$ORIGIN/lib'")
+    torch, build = source / "torch", source / "build"
+    build.mkdir()
+    (build / "build.ninja").write_text(setup.NinjaBuild(Distribution()).rules(torch, build / "_C.abi3.so"))
+
+    def ninja(*arguments: str) -> str:
+        done = subprocess.run([setup.ninja(), "-C", str(build), *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    ninja("-n")  # fails where a source is not there
+    *compiles, link = (shlex.split(line) for line in ninja("-t", "commands").splitlines() if "-o" in line)
+    compiled = {words[words.index("-c") + 1] for words in compiles}
+    assert compiled == {str(source / name) for name in (*setup.kernel_sources(), "csrc/ops.cpp", "csrc/module.c")}
+    operators = next(words for words in compiles if words[-1] == "ops.o")
+    assert operators[operators.index("-isystem") + 1] == str(torch / "include")
+    assert "-DNAME=a b" in operators
+    assert {f"-Wl,--version-script={source}/csrc/exports.map", f"-L{torch}/lib", "-Wl,-rpath,$ORIGIN/lib"} <= set(link)
 
 
 def test_the_source_distribution_holds_the_kernels(tmp_path: Path) -> None:

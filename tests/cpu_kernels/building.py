@@ -42,7 +42,8 @@ def build(sanitize: bool) -> Path:
     folder = ROOT / "build" / ("cpu_kernels_sanitized" if sanitize else "cpu_kernels")
     folder.mkdir(parents=True, exist_ok=True)
     mode = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" if sanitize else "-O2"
-    includes = f"-I{sysconfig.get_paths()['include']} -isystem {pybind11.get_include()} -I{ROOT / 'csrc'}"
+    python, csrc = f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'csrc'}"
+    includes = setup.ninja_words(python, "-isystem", pybind11.get_include(), csrc)
     lines = [
         f"rule cxx\n  command = g++ -std=c++20 {mode} -fPIC -Wall -Wextra -Werror $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
@@ -53,7 +54,7 @@ def build(sanitize: bool) -> Path:
         # the sanitizers make GCC 12 see uninitialised values and unused tables in the templates of its own headers
         flags += " -fvisibility=hidden -Wno-unused-function" + (" -Wno-maybe-uninitialized" if sanitize else "")
         objects.append(f"{Path(source).stem}.o")
-        lines.append(f"build {objects[-1]}: cxx {ROOT / source}\n  flags = {flags}")
+        lines.append(f"build {objects[-1]}: cxx {setup.ninja_path(ROOT / source)}\n  flags = {flags}")
     library = f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     lines.append(f"build {library}: link {' '.join(objects)}")
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
