@@ -41,7 +41,7 @@ from svdkern.directory import replace_directory
 from svdkern.fingerprint import sha256
 from svdkern.initialisation import check_linear
 from svdkern.methods import Factors
-from svdkern.model import adapted_layers, freeze, interrupts_held_back, replace, with_progress
+from svdkern.model import Replacement, adapted_layers, replace, signals_held_back, with_progress
 from svdkern.nn import Initial, SVDLinear
 from svdkern.report import AdaptReport, report_on
 from svdkern.targets import Target
@@ -147,30 +147,16 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from error
 
-    def replacement(target: Target, row: Row) -> SVDLinear:
-        assert isinstance(target.module, nn.Linear)
-        hashes = bytes.fromhex(row.base_sha256), bytes.fromhex(row.residual_sha256)
-        device = target.module.weight.device
-        u, sigma, core, v = (file.tensor(target.name, attribute, device) for attribute in TRAINED)
-        assert u is not None and v is not None
-        factors = Factors(u, sigma, core, v)
-        initial = _initial(file, target.name, device)
-        return SVDLinear.from_factors(
-            target.module, row.method, factors, row.scale, row.dropout_p,
-            initial=initial, residual_dtype=row.residual_dtype, hashes=hashes,
-        )  # fmt: skip
-
-    with interrupts_held_back():
-        for name in adapted:
-            layer = modules[name]
-            assert isinstance(layer, SVDLinear)
+    prepared = [_replacement(target, file) for target in targets]
+    _tie_factors({item.target.name: item.layer for item in prepared}, file)
+    refreshed = {name: layer for name in adapted if isinstance(layer := modules[name], SVDLinear)}
+    if prepared:
+        del modules, targets, target  # they would keep every old weight alive
+    with signals_held_back():
+        if prepared:
+            replace(model, prepared)
+        for name, layer in refreshed.items():
             _refresh(layer, file, name)
-        if targets:
-            prepared = [(target, file.rows[target.name]) for target in targets]
-            del modules, targets, target  # they would keep every old weight alive
-            layers = replace(prepared, replacement)
-            _tie_factors(layers, file)
-            freeze(model)
     return report_on(
         model, {name: layer for name, layer in adapted_layers(model) if name in file.rows or name in file.tied_modules}
     )
@@ -299,6 +285,18 @@ def _verify_base(target: Target, row: Row, modules: dict[str, nn.Module], file: 
     residual = row.method.residual(weight, Factors(initial.u, initial.sigma, None, initial.v), initial.scale)
     if sha256(residual.to(row.residual_dtype)).hex() != row.residual_sha256:
         raise ValueError("the rebuilt residual differs from the saved one (is torch.set_flush_denormal on?)")
+
+
+def _replacement(target: Target, file: AdapterFile) -> Replacement:
+    linear, row = target.module, file.rows[target.name]
+    assert isinstance(linear, nn.Linear)
+    device = linear.weight.device
+    u, sigma, core, v = (file.tensor(target.name, attribute, device) for attribute in TRAINED)
+    assert u is not None and v is not None
+    factors, initial = Factors(u, sigma, core, v), _initial(file, target.name, device)
+    layer = SVDLinear.before_cut(linear, row.method, factors, row.scale, row.dropout_p, initial)
+    hashes = bytes.fromhex(row.base_sha256), bytes.fromhex(row.residual_sha256)
+    return Replacement(target, layer, hashes, row.residual_dtype)
 
 
 def _initial(file: AdapterFile, name: str, device: torch.device) -> Initial | None:

@@ -1,4 +1,4 @@
-"""Before an ``nn.Linear`` is adapted: is it one that can be, and which factors does it start with.
+"""Before an ``nn.Linear`` is adapted: is it one that can be, and which factors and residual does it start with.
 
 Layer: above ``methods``, below ``nn``.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from svdkern.fingerprint import sha256
 from svdkern.methods import Factors, Method
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,6 +30,26 @@ def initial_factors(linear: nn.Linear, rank: int, config: Method, scale: float, 
         if factor is not None and not bool(factor.isfinite().all()):
             raise ValueError(f"initial {name} is not finite in {dtype}: its values need a wider adapter_dtype")
     return factors
+
+
+def residual_of(weight: Tensor, config: Method, factors: Factors, scale: float) -> Tensor:
+    """The method's residual for this weight, a new tensor; ValueError if it is not finite."""
+    residual = config.residual(weight, factors, scale)
+    if not _is_finite(residual):
+        raise ValueError(f"the residual is not finite in {residual.dtype}: weight has values too large for it")
+    return residual
+
+
+def rehearse(linear: nn.Linear, config: Method, factors: Factors, scale: float) -> tuple[bytes, bytes] | None:
+    """Compute the residual and let it go: what can fail in that does, while everything is as it was.
+
+    Returns:
+        SHA-256 of weight and residual; None where there is no residual to compute.
+    """
+    weight = linear.weight.detach()
+    if weight.is_meta or not config.changes_residual:
+        return None
+    return sha256(weight), sha256(residual_of(weight, config, factors, scale))
 
 
 def check_linear(
@@ -58,7 +79,12 @@ def check_linear(
     config.check_scale(scale)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p <= 1")
-    if not weight.is_meta:
-        low, high = weight.detach().aminmax()
-        if not bool(low.isfinite() & high.isfinite()):
-            raise ValueError("weight has a NaN or an infinity")
+    if not weight.is_meta and not _is_finite(weight.detach()):
+        raise ValueError("weight has a NaN or an infinity")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # no temporary of the tensor's size
+    return bool(low.isfinite() & high.isfinite())

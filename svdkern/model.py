@@ -5,11 +5,12 @@ Layer: above ``nn`` and ``methods``; the only place, with ``checkpoint``, that w
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from svdkern.initialisation import check_linear, initial_factors, scale_of
-from svdkern.methods import Factors, Method, method_named
+from svdkern.initialisation import check_linear, initial_factors, rehearse, scale_of
+from svdkern.methods import Method, method_named
 from svdkern.nn import SVDLinear
 from svdkern.report import AdaptReport, report_on
 from svdkern.targets import ALL_LINEAR, Patterns, Target, find_targets
+
+log = logging.getLogger("svdkern")
 
 _HOOKS = (
     "_forward_hooks",
@@ -57,10 +60,16 @@ def adapt(
 ) -> AdaptReport:
     """Replace linear layers of ``model`` by ``SVDLinear`` and freeze everything but their factors.
 
-    All layers are checked first, then all factors are computed (this is what takes time), and only then are layers
-    replaced: an error or an interrupt before that leaves the model as it was. An interrupt while layers are being
-    replaced is held back until all are. Beyond the model and the factors this takes the memory of about one weight: a
-    replaced layer lets go of its weight (whoever else holds it keeps it; it is never written to).
+    An error or an interrupt leaves the model as it was, to the bit: all layers are checked, then all factors are
+    computed (this is what takes time) and, as a rehearsal, all residuals; then all layers are put in place, and put
+    back if anything fails. Signals that arrive from there on take effect at the end.
+
+    One moment is left for methods that change the residual (PiSSA, SORSA). This takes the memory of about one weight
+    beyond the model and the factors, so the residuals of the rehearsal are not kept: each is computed again, and its
+    layer then lets go of the weight (whoever else holds it keeps it; it is never written to). A weight that is gone
+    cannot be had back, because its residual is rounded. If memory for a residual runs out in that moment, which the
+    rehearsal makes unlikely, the layers that are finished stay adapted (the log counts them), all else is as it was,
+    and another call adapts the rest.
 
     Args:
         model: any module; changed in place. A linear layer that is used in several places stays shared.
@@ -91,60 +100,85 @@ def adapt(
         with _naming(target):
             check_linear(target.module, rank, config, scale_of(alpha, rank), dropout_p, adapter_dtype)
     scale = scale_of(alpha, rank)
-    prepared: list[tuple[Target, Factors]] = []
-    for target in with_progress(targets, f"{config.name} factors", progress):
-        assert isinstance(target.module, nn.Linear)
-        with _naming(target):
-            prepared.append((target, initial_factors(target.module, rank, config, scale, adapter_dtype)))
-
-    def replacement(target: Target, factors: Factors) -> SVDLinear:
-        assert isinstance(target.module, nn.Linear)
-        return SVDLinear.from_factors(target.module, config, factors, scale, dropout_p)
-
+    prepared = [
+        _prepare(target, rank, config, scale, dropout_p, adapter_dtype)
+        for target in with_progress(targets, f"{config.name} factors", progress)
+    ]
+    made = {id(item.layer) for item in prepared}
     del targets, target  # they would keep every old weight alive
-    with interrupts_held_back():
-        layers = replace(prepared, replacement)
-        freeze(model)
-    order = {name: position for position, (name, _) in enumerate(adapted_layers(model))}
-    return report_on(model, dict(sorted(layers.items(), key=lambda item: order[item[0]])))
+    with signals_held_back():
+        replace(model, prepared)
+    return report_on(model, {name: layer for name, layer in adapted_layers(model) if id(layer) in made})
 
 
-def replace(prepared: list[tuple[Target, Any]], replacement: Any) -> dict[str, SVDLinear]:
-    """Put ``replacement(target, value)`` in every place of each target; empties ``prepared`` and lets go of the old
-    layers.
+@dataclass(frozen=True)
+class Replacement:
+    """A layer, made by ``SVDLinear.before_cut``, that is to take the place of a target."""
 
-    The largest weights come first: every later one fits into memory that an earlier one has left. Old layers whose
-        weight is still in use cost nothing to keep, so they are put back if something fails in spite of that.
+    target: Target
+    layer: SVDLinear
+    hashes: tuple[bytes, bytes] | None
+    """SHA-256 of weight and residual."""
+    residual_dtype: torch.dtype | None = None
+
+    @property
+    def order(self) -> tuple[bool, int]:
+        """Those that take memory of their own are last in it, the largest at the end."""
+        residual = self.layer.residual
+        return self.layer.config.changes_residual, residual.numel() * residual.element_size()
+
+
+def _prepare(
+    target: Target, rank: int, config: Method, scale: float, dropout_p: float, adapter_dtype: torch.dtype
+) -> Replacement:
+    linear = target.module
+    assert isinstance(linear, nn.Linear)
+    with _naming(target):
+        factors = initial_factors(linear, rank, config, scale, adapter_dtype)
+        hashes = rehearse(linear, config, factors, scale)
+    return Replacement(target, SVDLinear.before_cut(linear, config, factors, scale, dropout_p), hashes)
+
+
+def replace(model: nn.Module, prepared: list[Replacement]) -> None:
+    """Put every layer in all places of its target, freeze everything but the factors, then cut out the residuals.
+
+    Empties ``prepared`` and lets go of the old layers as it cuts, the largest weight first: every later residual fits
+    into memory that an earlier weight has left. What an error cannot undo: see ``adapt``.
     """
-    layers: dict[str, SVDLinear] = {}
-    undo: list[tuple[nn.Module, str, nn.Module]] = []
-    prepared.sort(key=lambda item: _weight_bytes(item[0]))
+    frozen: list[nn.Parameter] = []
+    prepared.sort(key=lambda item: item.order)
+    count = len(prepared)
     try:
-        while prepared:
-            target, value = prepared.pop()
-            old = target.module
-            layer = replacement(target, value)
-            for hooks in _HOOKS:
-                layer.__dict__[hooks] = old.__dict__[hooks]
-            shared = _storage(layer.residual) == _storage(old.weight)
-            for parent, attribute in target.places:
-                setattr(parent, attribute, layer)
-                if shared:
-                    undo.append((parent, attribute, old))
-            layers[target.name] = layer
-            del target, old
+        _put_in_place(prepared)
+        _freeze(model, frozen)
+        while prepared and prepared[-1].layer.config.changes_residual:
+            prepared[-1].layer.cut_out(prepared[-1].residual_dtype, prepared[-1].hashes)
+            prepared.pop()  # here the weight goes
     except BaseException:
-        for parent, attribute, old in reversed(undo):
-            setattr(parent, attribute, old)
+        for item in prepared:
+            item.target.put(item.target.module)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        if len(prepared) < count:
+            done = count - len(prepared)
+            log.error("failed while cutting out residuals: %d of %d layers are adapted and stay so", done, count)
         raise
-    return layers
+    prepared.clear()
 
 
-def freeze(model: nn.Module) -> None:
-    """Freeze all parameters but the factors of adapted layers."""
+def _put_in_place(prepared: list[Replacement]) -> None:
+    for item in prepared:
+        for hooks in _HOOKS:
+            item.layer.__dict__[hooks] = item.target.module.__dict__[hooks]
+        item.target.put(item.layer)
+
+
+def _freeze(model: nn.Module, frozen: list[nn.Parameter]) -> None:
+    """Freeze all parameters but the factors of adapted layers; ``frozen`` gets those that were not frozen before."""
     factors = {id(p) for _, layer in adapted_layers(model) for p in (layer.u, layer.sigma, layer.core, layer.v)}
     for parameter in model.parameters():
-        if id(parameter) not in factors:
+        if id(parameter) not in factors and parameter.requires_grad:
+            frozen.append(parameter)
             parameter.requires_grad_(False)
 
 
@@ -155,6 +189,9 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, SVDLinear]]:
 
 def merge(model: nn.Module, keep: bool = True) -> MergeReport:
     """Merge every adapted layer (``SVDLinear.merge``): the model runs as a plain one, in the same modules.
+
+    An error leaves the model as it was; with ``keep=False``, where there is nothing to go back to, the layers that are
+    merged by then stay merged.
 
     Raises:
         ValueError: the model has no adapted layer.
@@ -211,16 +248,6 @@ def _layers_or_raise(model: nn.Module) -> list[SVDLinear]:
     return layers
 
 
-def _weight_bytes(target: Target) -> int:
-    weight = target.module.weight
-    assert isinstance(weight, Tensor)
-    return weight.numel() * weight.element_size()
-
-
-def _storage(tensor: Any) -> Any:
-    return None if tensor.is_meta else tensor.untyped_storage().data_ptr()
-
-
 @contextmanager
 def _naming(target: Target) -> Iterator[None]:
     try:
@@ -235,19 +262,22 @@ def with_progress(targets: list[Target], what: str, progress: bool | None) -> It
 
 
 @contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C inside takes effect at the end. Only the main thread gets interrupts, and only it may set handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def signals_held_back() -> Iterator[None]:
+    """Signals with a handler in Python (Ctrl-C, an alarm), which may raise anywhere, take effect at the end.
+
+    Only the main thread runs such handlers, and only it may set them.
+    """
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: h for number in signal.valid_signals() if callable(h := signal.getsignal(number))}
     held: list[int] = []
-    if signal.getsignal(signal.SIGINT) is None:  # a handler that Python did not install could not be put back
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
     try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: held.append(number))
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        with ExitStack() as each:  # the next one also where one raises
+            for number in dict.fromkeys(held):
+                each.callback(signal.raise_signal, number)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from svdkern.fingerprint import sha256
 from svdkern.functional import svd_linear
-from svdkern.initialisation import check_linear, initial_factors, scale_of
+from svdkern.initialisation import check_linear, initial_factors, residual_of, scale_of
 from svdkern.linalg import merged_weight
 from svdkern.linalg.precision import without_autocast
 from svdkern.methods import Factors, Method, method_named
@@ -109,6 +109,7 @@ class SVDLinear(nn.Module):
         if rank != 0:
             check_linear(linear, rank, config, scale, dropout_p, adapter_dtype)
         self._fill(linear, config, initial_factors(linear, rank, config, scale, adapter_dtype), scale, dropout_p)
+        self.cut_out()
 
     @classmethod
     def from_linear(
@@ -138,34 +139,52 @@ class SVDLinear(nn.Module):
         """
         config, scale = method_named(method), scale_of(alpha, rank)
         check_linear(linear, rank, config, scale, dropout_p, adapter_dtype)
-        return cls.from_factors(
-            linear, config, initial_factors(linear, rank, config, scale, adapter_dtype), scale, dropout_p
-        )
+        factors = initial_factors(linear, rank, config, scale, adapter_dtype)
+        layer = cls.before_cut(linear, config, factors, scale, dropout_p)
+        layer.cut_out()
+        return layer
 
     @classmethod
-    def from_factors(
+    def before_cut(
         cls,
         linear: nn.Linear,
         config: Method,
         factors: Factors,
         scale: float,
         dropout_p: float,
-        *,
         initial: Initial | None = None,
-        residual_dtype: torch.dtype | None = None,
-        hashes: tuple[bytes, bytes] | None = None,
     ) -> SVDLinear:
-        """A layer with these factors on ``linear``'s weight, unchecked; no decomposition is run.
+        """A layer with these factors, unchecked, whose residual still is ``linear``'s weight itself: ``cut_out`` is to
+        follow.
 
-        Args:
-            initial: the factors to cut out of the weight where the method does so (default: ``factors``).
-            residual_dtype: what to cast the residual to (default: weight's dtype).
-            hashes: SHA-256 of weight and residual, where they are known.
+        It shares the storage of weight and bias, so it takes no memory but that of the factors. ``initial`` are the
+        factors to cut out of the weight where the method does so (default: ``factors``).
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._fill(linear, config, factors, scale, dropout_p, initial, residual_dtype, hashes)
+        layer._fill(linear, config, factors, scale, dropout_p, initial)
         return layer
+
+    def cut_out(self, dtype: torch.dtype | None = None, hashes: tuple[bytes, bytes] | None = None) -> None:
+        """Put weight minus the initial product in the residual's place, which until now is the weight.
+
+        A new tensor: the weight is not written to, and stays what the residual is if anything fails. Nothing to do for
+        methods that keep the weight as it is.
+
+        Args:
+            dtype: what to cast the residual to (default: weight's dtype).
+            hashes: SHA-256 of weight and residual, where they are known.
+        """
+        weight = self.residual.detach()
+        if self.fingerprint is None or weight.is_meta:
+            return
+        initial = self.initial
+        assert initial is not None
+        cut = Factors(initial.u, initial.sigma, None, initial.v)
+        residual = residual_of(weight, self.config, cut, initial.scale).to(dtype or weight.dtype)
+        hashes = hashes or (sha256(weight), sha256(residual))
+        self.fingerprint.copy_(torch.stack([_bytes(digest) for digest in hashes]))
+        self.residual = nn.Parameter(residual, requires_grad=False)
 
     def _fill(
         self,
@@ -175,8 +194,6 @@ class SVDLinear(nn.Module):
         scale: float,
         dropout_p: float,
         initial: Initial | None = None,
-        residual_dtype: torch.dtype | None = None,
-        hashes: tuple[bytes, bytes] | None = None,
     ) -> None:
         weight = linear.weight.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -184,15 +201,10 @@ class SVDLinear(nn.Module):
         self.merged = False
         self.training = linear.training
         fingerprint = None
-        residual = weight
         if config.changes_residual:
             initial = initial or Initial(factors.u.clone(), _clone(factors.sigma), factors.v.clone(), scale)
-            residual = config.residual(weight, Factors(initial.u, initial.sigma, None, initial.v), initial.scale)
             fingerprint = torch.zeros(2, 32, dtype=torch.uint8, device=weight.device)
-        residual = residual.to(residual_dtype or residual.dtype)
-        if fingerprint is not None and not weight.is_meta:
-            fingerprint.copy_(torch.stack([_bytes(digest) for digest in hashes or (sha256(weight), sha256(residual))]))
-        self.residual = nn.Parameter(residual, requires_grad=False)
+        self.residual = nn.Parameter(weight, requires_grad=False)
         for name, factor in factors._asdict().items():
             self.register_parameter(
                 name, None if factor is None else nn.Parameter(factor, requires_grad=name in config.trains)

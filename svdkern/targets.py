@@ -30,6 +30,11 @@ class Target:
     def name(self) -> str:
         return self.names[0]
 
+    def put(self, module: nn.Module) -> None:
+        """Let every place hold ``module``."""
+        for parent, attribute in self.places:
+            setattr(parent, attribute, module)
+
 
 def find_targets(model: nn.Module, target_modules: Patterns, exclude_modules: Patterns | None = None) -> list[Target]:
     """The modules named, in the model's order; a module that is used in several places comes once.

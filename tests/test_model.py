@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import os
-import signal
-import weakref
 
 import pytest
 import torch
@@ -14,7 +10,6 @@ from torch import Tensor, nn
 
 import svdkern.initialisation
 import svdkern.model as model_module
-from svdkern.linalg import factors as real_factors
 from svdkern.methods import METHODS
 from svdkern.model import adapt, merge, unmerge
 from svdkern.nn import SVDLinear
@@ -134,6 +129,14 @@ def test_shared_modules_stay_shared() -> None:
     assert [row.name for row in report.layers] == ["a", "c"]
 
 
+def test_a_shared_module_may_be_named_by_its_second_name() -> None:
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(16, 16)})
+    report = adapt(model, "pissa", rank=3, target_modules=["b.0"])
+    assert [row.name for row in report.layers] == ["a"] and model["a"] is model["b"][0]
+    assert type(model["c"]) is nn.Linear
+
+
 def test_a_tied_weight_is_not_changed() -> None:
     model = Net()
     before = model.embed.weight.detach().clone()
@@ -172,75 +175,6 @@ def test_a_non_finite_weight_is_named(value: float, dtype: torch.dtype) -> None:
         adapt(model, "lora", rank=4)
     assert [m[2] for m in before[0]] == [type(m) for m in model.modules()]
     assert all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("no"), MemoryError(), KeyboardInterrupt()], ids=repr)
-def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    model = Net()
-    before, calls = snapshot(model), []
-
-    def failing(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-        calls.append(r)
-        if len(calls) == 4:
-            raise error
-        return real_factors(weight, r)
-
-    monkeypatch.setattr("svdkern.linalg.factors", failing)
-    with pytest.raises(type(error)):
-        adapt(model, "pissa", rank=4)
-    assert len(calls) == 4 and unchanged(model, before)
-
-
-def test_lora_is_rolled_back_even_while_replacing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Net()
-    before, real, calls = snapshot(model), SVDLinear.from_factors, []
-
-    def failing(*args, **kwargs):  # type: ignore[no-untyped-def]
-        calls.append(1)
-        if len(calls) == 3:
-            raise MemoryError
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(SVDLinear, "from_factors", failing)
-    with pytest.raises(MemoryError):
-        adapt(model, "lora", rank=4)
-    assert unchanged(model, before)
-
-
-def test_an_interrupt_while_replacing_waits_for_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real, calls = Net(), SVDLinear.from_factors, []
-    y = model(IDS)
-
-    def interrupted(*args, **kwargs):  # type: ignore[no-untyped-def]
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(SVDLinear, "from_factors", interrupted)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        adapt(model, "pissa", rank=4)
-    assert len(calls) == 6 and signal.getsignal(signal.SIGINT) is handler
-    assert torch.allclose(model(IDS), y, atol=1e-5)
-    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"u", "v"}
-
-
-def test_old_weights_are_let_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NovaSky-AI/SkyRL#2069: the memory of about one weight on top, not of all."""
-    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(6)))
-    old = [weakref.ref(layer.weight) for layer in model]
-    real, alive = SVDLinear.from_factors, []
-
-    def counting(*args, **kwargs):  # type: ignore[no-untyped-def]
-        alive.append(sum(ref() is not None for ref in old))
-        return real(*args, **kwargs)
-
-    gc.collect()
-    monkeypatch.setattr(SVDLinear, "from_factors", counting)
-    adapt(model, "pissa", rank=4)
-    assert alive == [6, 5, 4, 3, 2, 1]
-    assert all(ref() is None for ref in old)
 
 
 def test_adapted_layers_are_refused() -> None:
