@@ -1,4 +1,4 @@
-"""svd_linear inside PyTorch's machinery: saved tensors, autocast, checkpointing, torch.func, torch.compile, operators."""
+"""svd_linear inside PyTorch's machinery: saved tensors, autocast, checkpointing, torch.func, operators."""
 
 from __future__ import annotations
 
@@ -145,25 +145,6 @@ def test_func_transforms() -> None:
     torch.testing.assert_close(stacked[1], call(t | {"u": 2 * t["u"]}))
 
 
-@pytest.mark.parametrize("m", [4, 40])
-def test_compile_fullgraph_forward_and_backward(backend: str, m: int) -> None:
-    """One graph, the same numbers as eager, gradients in the factors' dtype."""
-    t = trainable(layer(m, dtype=torch.bfloat16), "x", "bias")
-    t |= {name: t[name].detach().float().requires_grad_() for name in ("u", "sigma", "v")}
-    names = ("x", "u", "sigma", "v", "bias")
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda s: call(s, backend=backend, scale=torch.tensor(0.5)), fullgraph=True, backend="aot_eager"
-    )
-    results = []
-    for function in (compiled, lambda s: call(s, backend=backend, scale=torch.tensor(0.5))):
-        y = function(t)
-        results.append([y.detach(), *torch.autograd.grad(y.float().pow(2).sum(), [t[name] for name in names])])
-    for got, want in zip(*results, strict=True):
-        assert got.dtype == want.dtype
-        assert torch.equal(got, want)
-
-
 def test_second_derivative_under_func_is_a_clear_error() -> None:
     """A raw operator's derivative would be zero, with a warning at most."""
     t = layer(6)
@@ -209,18 +190,6 @@ def test_fake_tensors_and_default_devices(backend: str, m: int) -> None:
     expected = call(real, backend=backend, scale=0.5)
     with torch.device("meta"):
         assert torch.equal(call(real, backend=backend, scale=0.5), expected)
-
-
-def test_compile_does_not_recompile_for_a_scale() -> None:
-    """Forty layers with forty scales are a compile or two, and a changed scale takes effect (Comfy-Org/ComfyUI#9289)."""
-    t = layer()
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(lambda s, scale: call(s, scale=scale), fullgraph=True, backend=counter)
-    for step in range(40):
-        scale = torch.tensor(1.0 + step)
-        torch.testing.assert_close(compiled(t, scale), call(t, scale=scale))
-    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("form", ["sigma", "core", "gate", "group", "none"])
