@@ -80,21 +80,25 @@ def test_the_same_bits_every_time() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
-def test_graph_capture_and_replay() -> None:
-    """Forward, backward and optimizer step in one CUDA graph; replays with a changed input equal eager (NVlabs/cuHPX#11)."""
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.4}], ids=["plain", "dropout"])
+def test_graph_capture_and_replay(options: dict[str, float]) -> None:
+    """Forward, backward and optimizer step in one CUDA graph: y and the gradients of a replay with changed inputs are
+    eager's at the parameters that the replay before it has left (NVlabs/cuHPX#11)."""
+    names = ("x", "u", "sigma", "v", "bias")
     o = on_cuda(cast(operands(64, 128, 96, 8), torch.bfloat16, (torch.float32,) * 3))
-    o["scale"] = o["scale"].cuda()
-    leaves = {name: t if t is None else t.clone() for name, t in o.items()}
-    trained = [leaves[name].requires_grad_() for name in ("u", "sigma", "v")]
-    x = leaves["x"].requires_grad_()
+    leaves = {name: t if t is None else t.clone().requires_grad_(name in names) for name, t in o.items()}
+    dy, rng = torch.randn(64, 96, device="cuda", dtype=torch.bfloat16), torch.tensor([1, 2], device="cuda")
 
-    def step() -> torch.Tensor:
-        y = fused(leaves)
-        gradients = torch.autograd.grad(y.float().pow(2).sum(), trained)
+    def layer(leaves):  # type: ignore[no-untyped-def]
+        return fused(leaves, rng_state=rng, **options)
+
+    def step() -> list[torch.Tensor]:
+        y = layer(leaves)
+        gradients = torch.autograd.grad(y, [leaves[name] for name in names], dy)
         with torch.no_grad():
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.sub_(gradient, alpha=1e-6)
-        return y
+            for name, gradient in zip(names[1:], gradients[1:], strict=True):
+                leaves[name].sub_(gradient, alpha=1e-4)
+        return [y.detach(), *gradients]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -104,16 +108,52 @@ def test_graph_capture_and_replay() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = step()
+        captured = step()
+    previous = None
     for seed in range(3):
         torch.manual_seed(seed)
-        fresh = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
-        before = [t.detach().clone() for t in trained]
         with torch.no_grad():
-            x.copy_(fresh)
+            for static in (leaves["x"], dy):
+                static.copy_(torch.randn_like(static))
+            rng.copy_(torch.tensor([seed, -seed]))
+        before = {name: t if t is None else t.detach().clone() for name, t in leaves.items()}
         graph.replay()
-        eager = dict(leaves) | dict(zip(("u", "sigma", "v"), before, strict=True)) | {"x": fresh}
-        torch.testing.assert_close(y, fused(eager), rtol=2e-2, atol=2e-2)
+        replayed = [t.clone() for t in captured]
+        for name, got, want in zip(("y", *names), replayed, run(layer, before, dy, names), strict=True):
+            atol = 2e-2 * float(want.abs().max())
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+        for name in names[1:]:  # the step is in the graph, too
+            assert not torch.equal(leaves[name], before[name]), name
+        if previous is not None:
+            assert not any(torch.equal(a, b) for a, b in zip(replayed, previous, strict=True))
+        previous = replayed
+
+
+def test_graph_replays_draw_new_masks() -> None:
+    """The dropout stream is drawn in the graph; forward and backward of one replay have the same mask."""
+    o = on_cuda(cast(operands(64, 128, 96, 8, bias=False), torch.float32, (torch.float32,) * 3))
+    x, dy = o["x"].requires_grad_(), torch.randn(64, 96, device="cuda")
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        y = fused(o, dropout_p=0.4)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        return y.detach(), dx
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, dx = step()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append(y.clone())
+        # y is linear in x for a given mask; TF32 is off by default
+        torch.testing.assert_close((dx * x).sum(), (dy * y).sum(), rtol=1e-3, atol=float((dy * y).abs().sum()) * 1e-5)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
 
 
 def test_two_streams_at_once() -> None:
