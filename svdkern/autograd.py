@@ -4,8 +4,15 @@
 ``OperatorFunction`` does the same through the two public operators, where a compiler traces or a ``torch.func`` transform is
 active (those need ``setup_context``, which makes every call slower).
 
-Saved: x only if the gradient of u or weight is wanted; h (M, r) only if one of v, sigma, scale, core, gate is; the factors and
-the weight by reference (under autocast, or where their dtypes differ, the weight's copy in x's dtype).
+Saved: x only if the gradient of u or weight is wanted; h (M, r) only if one of v, sigma, scale, core, gate is; the weight only
+if x's or its own gradient is. All by reference but h. The factors, scale and gate are saved for every mask: they are inputs that
+live on anyway, a reference to them costs no memory, and the backends read off them what shape and dtype their gradients have.
+
+Under autocast what is saved of a float32 x and weight is their copies in autocast's dtype, as in ``torch.nn.functional.linear``.
+To cast the weight again in the backward would save N K numbers a layer between forward and backward, and cost a read of the
+weight each time: little beside a product with thousands of rows, as much as the product itself with a hundred. Who wants neither
+loads the frozen weights in bfloat16; the factors may stay float32. Outside autocast a weight of another dtype than x's is saved
+as it is.
 """
 
 from __future__ import annotations
@@ -25,10 +32,13 @@ _ONCE = (
 )
 
 
-def _saved(want: Gradients, x: Tensor, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _saved(
+    want: Gradients, x: Tensor, weight: Tensor | None, h: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     keeps_x = want.u or want.weight
+    keeps_weight = want.x or want.weight
     keeps_h = want.v or want.sigma or want.scale or want.core or want.gate
-    return (x if keeps_x else None), (h if keeps_h else None)
+    return (x if keeps_x else None), (weight if keeps_weight else None), (h if keeps_h else None)
 
 
 def autocast_is_on(device: str) -> bool:
@@ -47,10 +57,8 @@ class SVDLinearFunction(torch.autograd.Function):
     def forward(ctx, backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate):
         y, h = run_forward(backend, x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         want = Gradients._make(ctx.needs_input_grad[4:])
-        kept_x, kept_h = _saved(want, x, h)
-        ctx.save_for_backward(
-            kept_x, weight if want.x or want.weight else None, u, sigma, v, scale, core, gate, index, kept_h, rng_state
-        )
+        kept_x, kept_weight, kept_h = _saved(want, x, weight, h)
+        ctx.save_for_backward(kept_x, kept_weight, u, sigma, v, scale, core, gate, index, kept_h, rng_state)
         ctx.rest = backend, threshold, want
         return y
 
@@ -119,8 +127,8 @@ class OperatorFunction(torch.autograd.Function):
         _, h = output
         ctx.mark_non_differentiable(h)
         want = Gradients._make(ctx.needs_input_grad[4:])
-        kept_x, kept_h = _saved(want, x, h)
-        ctx.save_for_backward(kept_x, weight, u, sigma, v, scale, core, gate, index, kept_h, rng_state)
+        kept_x, kept_weight, kept_h = _saved(want, x, weight, h)
+        ctx.save_for_backward(kept_x, kept_weight, u, sigma, v, scale, core, gate, index, kept_h, rng_state)
         ctx.rest = backend, threshold, want
 
     @staticmethod

@@ -64,8 +64,9 @@ def svd_linear(
         backend: "eager", "cpu" or None (the fastest correct one).
 
     The factors may have any floating dtype, each its own (float32 masters under bfloat16 activations); they are cast, x never
-    is, and their gradients come back in their dtype. Under autocast x, weight
-    and bias take autocast's dtype, as in ``torch.nn.functional.linear``. Differentiable once.
+    is, and their gradients come back in their dtype. Under autocast x, weight and bias take autocast's dtype, as in
+    ``torch.nn.functional.linear``; as there, the copy of a weight in that dtype is kept for x's gradient (a weight that has it
+    already is kept by reference). Differentiable once.
 
     Returns:
         y (..., N) in x's dtype.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from svdkern import ops, svd_linear
+from svdkern.autograd import OperatorFunction
 from svdkern.backends import dispatch
 
 
@@ -26,30 +29,44 @@ def trainable(t: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return t
 
 
-@pytest.mark.parametrize("m", [4, 64])
-@pytest.mark.parametrize(
-    ("names", "saves_x", "saves_h"),
-    [
-        (("x", "u", "sigma", "v"), True, True),
-        (("x", "sigma"), False, True),
-        (("sigma",), False, True),
-        (("x", "v"), False, True),
-        (("x",), False, False),
-        (("u",), True, False),
-    ],
-)
-def test_saved_tensors(backend: str, m: int, names: tuple[str, ...], saves_x: bool, saves_h: bool) -> None:
-    """x once and by reference, h (M, r), nothing of (M, N) or (K, N); sigma-only saves no x (huggingface/peft#2196)."""
-    t = trainable(layer(m), *names)
+def saved_by(run: Callable[[], object], known: dict[str, Tensor]) -> tuple[list[str], list[tuple[torch.dtype, tuple]]]:
+    """What a forward saves: the names of inputs, and dtype and shape of whatever else has a dimension."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda s: (saved.append(s), s)[1], lambda s: s):
-        call(t, backend=backend)
-    known = {tensor.untyped_storage().data_ptr(): name for name, tensor in t.items()}
-    found = [known.get(s.untyped_storage().data_ptr()) for s in saved]
-    assert ("x" in found) == saves_x
-    assert found.count("x") <= 1
-    fresh = [tuple(s.shape) for s, name in zip(saved, found, strict=True) if name is None and s.dim()]
-    assert fresh == ([(m, 4)] if saves_h else [])
+        run()
+    names = {tensor.untyped_storage().data_ptr(): name for name, tensor in known.items()}
+    found = [(names.get(s.untyped_storage().data_ptr()), s) for s in saved]
+    return sorted(n for n, _ in found if n), [(s.dtype, tuple(s.shape)) for n, s in found if n is None and s.dim()]
+
+
+@pytest.mark.parametrize("by_operator", [False, True])
+@pytest.mark.parametrize("m", [4, 64])
+@pytest.mark.parametrize(
+    ("names", "inputs", "saves_h"),
+    [
+        (("x", "u", "sigma", "v"), ["weight", "x"], True),
+        (("u", "sigma", "v"), ["x"], True),
+        (("x", "sigma"), ["weight"], True),
+        (("sigma",), [], True),
+        (("v", "bias"), [], True),
+        (("x",), ["weight"], False),
+        (("u",), ["x"], False),
+        (("bias",), [], False),
+        (("weight",), ["weight", "x"], False),
+    ],
+)
+def test_saved_tensors(
+    backend: str, m: int, by_operator: bool, names: tuple[str, ...], inputs: list[str], saves_h: bool
+) -> None:
+    """By reference, once, what the mask needs, and h (M, r): nothing of (M, N) or (K, N); sigma alone saves no x
+    (huggingface/peft#2196)."""
+    t = trainable(layer(m), *names)
+    none = (None,) * 2
+    operands = (*(t[name] for name in ("x", "weight", "u", "sigma", "v", "bias")), torch.tensor(1.0), *none)
+    run = lambda: OperatorFunction.apply(backend, *none, 0, *operands) if by_operator else call(t, backend=backend)  # noqa: E731
+    found, fresh = saved_by(run, t)
+    assert found == sorted([*inputs, "u", "sigma", "v"])
+    assert fresh == ([(torch.float32, (m, 4))] if saves_h else [])
 
 
 def test_nothing_is_saved_without_gradients(backend: str) -> None:
@@ -59,6 +76,25 @@ def test_nothing_is_saved_without_gradients(backend: str) -> None:
         with torch.no_grad():
             call(trainable(layer(), "x", "u"), backend=backend)
     assert not saved and not y.requires_grad
+
+
+@pytest.mark.parametrize("m", [4, 40])
+@pytest.mark.parametrize("x_too", [True, False])
+def test_saved_tensors_under_autocast(backend: str, m: int, x_too: bool) -> None:
+    """A float32 weight's copy is kept as PyTorch's own linear keeps it: one, and only where x needs a gradient."""
+    t = trainable(layer(m), "u", "v", *(["x"] if x_too else []))
+    low = torch.bfloat16
+    with torch.autocast("cpu", low):
+        found, fresh = saved_by(lambda: call(t, backend=backend), t)
+        own, theirs = saved_by(lambda: torch.nn.functional.linear(t["x"], t["weight"]), t)
+    assert found == ["sigma", "u", "v"]
+    shapes = [s for dtype, s in fresh if dtype == low and s != (m, 4)]
+    assert shapes == [(m, 24), *([(32, 24)] if x_too else [])]
+    assert not own and [s for _, s in theirs if s in ((32, 24), (24, 32))] == ([(24, 32)] if x_too else [])
+    wide = t | {"x": t["x"].detach().to(low).requires_grad_(x_too)}
+    found, fresh = saved_by(lambda: call(wide, backend=backend), wide)  # a float32 weight without autocast
+    assert found == sorted(["sigma", "u", "v", "x", *(["weight"] if x_too else [])])
+    assert [s for _, s in fresh] == [(m, 4)]
 
 
 @pytest.mark.parametrize("m", [4, 40])
