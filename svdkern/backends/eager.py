@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdkern.backends.formula import Backend
-from svdkern.backends.philox import dropped
+from svdkern.backends.philox import drop_, dropped
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -49,7 +49,7 @@ class EagerBackend(Backend):
         if not threshold:
             return y.addmm_(z, transposed)
         assert rng_state is not None
-        return y.add_(dropped(torch.mm(z, transposed), rng_state, threshold))
+        return y.add_(drop_(torch.mm(z, transposed), rng_state, threshold))
 
     def outer(self, a: Tensor, q: Tensor, like: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
         if threshold:

@@ -22,6 +22,8 @@ DROPS_ALL = 65536
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+_CACHE_ELEMENTS = 1 << 18  # of the mask, made at a time on the CPU: the int64 words stay in the caches of one core
+_DEVICE_ELEMENTS = 1 << 23  # elsewhere: enough to fill the device
 
 
 def threshold_of(p: float) -> int:
@@ -48,18 +50,32 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
 
 
 def keep_mask(rows: int, cols: int, rng_state: Tensor, threshold: int, row0: int = 0) -> Tensor:
-    """Boolean (rows, cols): which elements of rows ``row0 ...`` survive a dropout with this threshold."""
+    """Boolean (rows, cols): which elements of rows ``row0 ...`` survive a dropout with this threshold.
+
+    Made a block of rows at a time: the int64 words take twenty times the memory of the mask.
+    """
     device = rng_state.device
     seed, offset = rng_state[0], rng_state[1]
-    row = torch.arange(row0, row0 + rows, device=device).unsqueeze(1) & _LOW
-    octet = torch.arange((cols + 7) // 8, device=device).unsqueeze(0)
-    counter = (row, octet, offset & _LOW, (offset >> 32) & _LOW)
-    words = torch.stack(philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW), rounds=7), dim=-1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return halves.reshape(rows, 8 * octet.shape[1])[:, :cols] >= threshold
+    key = seed & _LOW, (seed >> 32) & _LOW
+    octet = torch.arange((cols + 7) // 8, device=device)
+    keep = torch.empty(rows, octet.shape[0], 8, dtype=torch.bool, device=device)
+    height = max(1, (_CACHE_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS) // max(cols, 1))
+    for start in range(0, rows, height):
+        block = keep[start : start + height]
+        row = torch.arange(row0 + start, row0 + start + block.shape[0], device=device).unsqueeze(1) & _LOW
+        words = philox4x32((row, octet, offset & _LOW, (offset >> 32) & _LOW), key, rounds=7)
+        for position, word in enumerate(words):
+            block[:, :, 2 * position] = (word & 0xFFFF) >= threshold
+            block[:, :, 2 * position + 1] = (word >> 16) >= threshold
+    return keep.view(rows, 8 * octet.shape[0])[:, :cols]
 
 
 def dropped(a: Tensor, rng_state: Tensor, threshold: int, row0: int = 0) -> Tensor:
     """``D * a`` for a (M, K) matrix that starts at row ``row0`` of the stream; ``threshold < DROPS_ALL``."""
+    return drop_(a.clone(), rng_state, threshold, row0)
+
+
+def drop_(a: Tensor, rng_state: Tensor, threshold: int, row0: int = 0) -> Tensor:
+    """``dropped``, in a's own memory."""
     keep = keep_mask(a.shape[0], a.shape[1], rng_state, threshold, row0)
-    return torch.where(keep, a * keep_scale(threshold), torch.zeros((), dtype=a.dtype, device=a.device))
+    return a.mul_(keep_scale(threshold)).masked_fill_(keep.logical_not_(), 0.0)  # 0 also where a is infinite
