@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor> cpu_forward(const Tensor& x, const MaybeTensor& weigh
   MutableMatrix h_view;
   Tensor y = empty_matrix(p.x.dtype, rows, n, false, p.y), h = empty_matrix(DType::f32, rows, r, false, h_view);
   p.h = static_cast<float*>(h_view.data);
-  p.parallel_for = parallel_for;
+  p.parallel_for = parallel_for, p.threads = torch::stable::get_num_threads();
   kernels().forward(p);
   return {y, h};
 }
@@ -267,7 +267,7 @@ std::vector<Tensor> cpu_backward(const Tensor& dy, const MaybeTensor& x, const M
     gradients.push_back(t);
   }
   if (mask & wants_core) gradients.push_back(empty_matrix(p.core.dtype, r, r, column_major(p.core), p.dcore));
-  p.parallel_for = parallel_for;
+  p.parallel_for = parallel_for, p.threads = torch::stable::get_num_threads();
   kernels().backward(p);
   return gradients;
 }
@@ -282,7 +282,7 @@ Tensor cpu_shrink(const Tensor& a, const Tensor& f, const MaybeTensor& rng_state
   MutableMatrix view;
   Tensor out = empty_matrix(DType::f32, p.a.rows, p.f.cols, false, view);
   p.out = static_cast<float*>(view.data);
-  p.parallel_for = parallel_for;
+  p.parallel_for = parallel_for, p.threads = torch::stable::get_num_threads();
   kernels().shrink(p);
   return out;
 }
@@ -300,7 +300,7 @@ Tensor cpu_outer(const Tensor& a, const Tensor& q, const Tensor& f, const MaybeT
   expect_type(p.q.dtype, DType::f32, "q", "the accumulators, float32");
   p.dropout = dropout(rng_state, threshold);
   Tensor out = empty_matrix(factor.dtype, factor.rows, factor.cols, column_major(factor), p.out);
-  p.parallel_for = parallel_for;
+  p.parallel_for = parallel_for, p.threads = torch::stable::get_num_threads();
   kernels().outer(p);
   return out;
 }
@@ -317,21 +317,34 @@ Tensor cpu_dropout(const Tensor& x, const Tensor& rng_state, int64_t threshold, 
   return out;
 }
 
-Tensor cpu_gemv(const Tensor& a, const Tensor& w, const MaybeTensor& bias) {
-  MaybeTensor keep_a, keep_w;
-  svdkern::GemvParams p;
+Tensor cpu_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor& z, const Tensor& f, const MaybeTensor& bias,
+                  const MaybeTensor& rng_state, int64_t threshold) {
+  MaybeTensor keep_a, keep_w, keep_z;
+  svdkern::LinearParams p;
   p.a = runs(a, "a", keep_a);
-  p.w = streamable(w, "w", keep_w);
-  expect(p.w.rows, p.a.cols, "the number of rows of w", "the width of a");
-  expect_type(p.w.dtype, p.a.dtype, "w", "a");
+  p.f = matrix(f, "f");
+  if (w.has_value()) {
+    p.w = streamable(*w, "w", keep_w);
+    expect(p.w.rows, p.a.cols, "the number of rows of w", "the width of a");
+    expect(p.w.cols, p.f.rows, "the number of columns of w", "the rows of f");
+    expect_type(p.w.dtype, p.a.dtype, "w", "a");
+  }
+  if (z.has_value()) {
+    if (!z->is_contiguous()) keep_z = torch::stable::contiguous(*z);
+    p.z = matrix(keep_z.has_value() ? *keep_z : *z, "z");
+    expect(p.z.rows, p.a.rows, "the number of rows of z", "the rows of a");
+    expect(p.z.cols, p.f.cols, "the number of columns of z", "the rank of f");
+    expect_type(p.z.dtype, DType::f32, "z", "the accumulators, float32");
+  }
   p.bias = vector(bias, "bias");
   if (p.bias.data) {
-    expect(p.bias.size, p.w.cols, "the size of bias", "the columns of w");
+    expect(p.bias.size, p.f.rows, "the size of bias", "the rows of f");
     expect_type(p.bias.dtype, p.a.dtype, "bias", "a");
   }
-  Tensor out = empty_matrix(p.a.dtype, p.a.rows, p.w.cols, false, p.out);
-  p.parallel_for = parallel_for;
-  kernels().gemv(p);
+  p.dropout = dropout(rng_state, threshold);
+  Tensor out = empty_matrix(p.a.dtype, p.a.rows, p.f.rows, false, p.out);
+  p.parallel_for = parallel_for, p.threads = torch::stable::get_num_threads();
+  kernels().linear(p);
   return out;
 }
 
@@ -370,7 +383,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
   m.def("_cpu_shrink(Tensor a, Tensor f, Tensor? rng_state, int threshold) -> Tensor");
   m.def("_cpu_outer(Tensor a, Tensor q, Tensor f, Tensor? rng_state, int threshold) -> Tensor");
   m.def("_cpu_dropout(Tensor x, Tensor rng_state, int threshold, int row0) -> Tensor");
-  m.def("_cpu_gemv(Tensor a, Tensor w, Tensor? bias) -> Tensor");
+  m.def(
+      "_cpu_linear(Tensor a, Tensor? w, Tensor? z, Tensor f, Tensor? bias, Tensor? rng_state, int threshold) -> "
+      "Tensor");
   m.def("_cpu_residual(Tensor weight, Tensor u, Tensor? sigma, Tensor v, float scale) -> Tensor");
   m.def("_cpu_isa() -> str");
   m.def("_cpu_isas() -> str");
@@ -382,7 +397,7 @@ STABLE_TORCH_LIBRARY_IMPL(svdkern, CPU, m) {
   m.impl("_cpu_shrink", TORCH_BOX(&cpu_shrink));
   m.impl("_cpu_outer", TORCH_BOX(&cpu_outer));
   m.impl("_cpu_dropout", TORCH_BOX(&cpu_dropout));
-  m.impl("_cpu_gemv", TORCH_BOX(&cpu_gemv));
+  m.impl("_cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("_cpu_residual", TORCH_BOX(&cpu_residual));
 }
 

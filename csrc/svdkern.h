@@ -45,6 +45,7 @@ struct Dropout {
 // Runs body on disjoint ranges that cover [begin, end), each but the last at least `grain` long, possibly at once.
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
+// `threads` beside it: how many pieces it can run at once; decides how work is cut, not a bit of any result.
 
 // h = (D*x) U, z = h sigma | h R | h, y = x W^T + s z V^T + b.      x (M, K), weight (N, K), u (K, r), v (N, r)
 // x and y have unit column stride and one dtype, which weight and bias share; weight has one unit stride.
@@ -56,6 +57,7 @@ struct ForwardParams {
   MutableMatrix y;
   float* h = nullptr;  // (M, r), contiguous
   ParallelFor parallel_for = nullptr;
+  int64_t threads = 1;
 };
 
 // p = dy V, t = s p, q = t sigma | t R^T | t, dx = dy W + D*(q U^T), dU = (D*x)^T q, dV = s dy^T z, dsigma = sum h t,
@@ -69,6 +71,7 @@ struct BackwardParams {
   MutableVector dsigma, dbias;
   float* dscale = nullptr;
   ParallelFor parallel_for = nullptr;
+  int64_t threads = 1;
 };
 
 // out = (D*a) f, float32 (M, r), contiguous.                        a (M, L) with unit column stride, f (L, r)
@@ -77,6 +80,7 @@ struct ShrinkParams {
   Dropout dropout;
   float* out = nullptr;
   ParallelFor parallel_for = nullptr;
+  int64_t threads = 1;
 };
 
 // out = (D*a)^T q, (L, r), any dtype and strides.                   a (M, L) with unit column stride, q (M, r) float32
@@ -85,6 +89,7 @@ struct OuterParams {
   Dropout dropout;
   MutableMatrix out;
   ParallelFor parallel_for = nullptr;
+  int64_t threads = 1;
 };
 
 // out = D*x, same dtype; both with unit column stride.
@@ -95,12 +100,15 @@ struct DropoutParams {
   ParallelFor parallel_for = nullptr;
 };
 
-// out = a w + bias.                                                 a (M, in), w (in, out) with one unit stride
-struct GemvParams {
-  Matrix a, w;
+// out = a w + D*(z f^T) + bias.            a (M, in), w (in, out), z (M, r) contiguous float32, f (out, r); w, z
+// optional
+struct LinearParams {
+  Matrix a, w, z, f;
   Vector bias;
+  Dropout dropout;
   MutableMatrix out;
   ParallelFor parallel_for = nullptr;
+  int64_t threads = 1;
 };
 
 // out = weight - sum_i v_i (s sigma_i u_i)^T, in fp64 and in one fixed order: residual.cpp.
@@ -120,7 +128,7 @@ struct Kernels {
   void (*shrink)(const ShrinkParams&);
   void (*outer)(const OuterParams&);
   void (*dropout)(const DropoutParams&);
-  void (*gemv)(const GemvParams&);
+  void (*linear)(const LinearParams&);
   void (*philox_bits)(uint64_t seed, uint64_t offset, int64_t row, int64_t octet0, int64_t octets, uint16_t* bits);
 };
 

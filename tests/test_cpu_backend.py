@@ -1,4 +1,4 @@
-"""The cpu backend's own choices: panels where ATen has no fast half-precision product, addresses beyond 32 bits, threads."""
+"""The cpu backend's own choices: our kernels or ATen's products, addresses beyond 32 bits, threads."""
 
 from __future__ import annotations
 
@@ -19,24 +19,36 @@ FLOATS = (torch.float32,) * 3
 
 @pytest.fixture
 def slow_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without half-precision products, with panels small enough that these shapes need several (pytorch/pytorch#146508)."""
+    """A CPU on which ATen has no half-precision products (pytorch/pytorch#146508)."""
     monkeypatch.setattr(cpu, "aten_is_fast", lambda dtype: dtype == torch.float32)
-    monkeypatch.setattr(cpu, "_PANEL_ROWS", 20)
-    monkeypatch.setattr(cpu, "_PANEL_BYTES", 4 * 65 * 16)
+    monkeypatch.setattr(cpu, "kernels_win", lambda dtype: dtype != torch.float32)
 
 
-@pytest.mark.usefixtures("slow_aten")
+@pytest.fixture
+def fast_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU on which ATen's products beat ours for every dtype."""
+    monkeypatch.setattr(cpu, "aten_is_fast", lambda dtype: True)
+    monkeypatch.setattr(cpu, "kernels_win", lambda dtype: False)
+
+
+@pytest.fixture(params=["slow_aten", "fast_aten"])
+def either_cpu(request: pytest.FixtureRequest) -> None:
+    """Both, whatever this CPU is."""
+    request.getfixturevalue(request.param)
+
+
+@pytest.mark.usefixtures("either_cpu")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["sigma", "core", "none"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_panels(dtype: torch.dtype, form: str, bias: bool) -> None:
+def test_many_rows(dtype: torch.dtype, form: str, bias: bool) -> None:
     o = operands(47, 65, 70, 9, form=form, bias=bias)
     wanted = tuple(name for name in present(o) if name != "weight")
     check(o, torch.randn(47, 70).double(), "cpu", dtype, FLOATS, wanted)
 
 
-@pytest.mark.usefixtures("slow_aten")
-def test_panels_with_dropout() -> None:
+@pytest.mark.usefixtures("either_cpu")
+def test_many_rows_with_dropout() -> None:
     o = operands(47, 65, 70, 9)
     mask = keep_mask(47, 65, RNG, threshold_of(0.25)).double() * keep_scale(threshold_of(0.25))
     check(
@@ -46,7 +58,7 @@ def test_panels_with_dropout() -> None:
 
 
 @pytest.mark.usefixtures("slow_aten")
-def test_panels_never_call_a_half_precision_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_alone_never_call_a_half_precision_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """On such a CPU one call of ATen's bf16 product takes minutes: the path must not have any, forward or backward."""
     products: list[torch.dtype] = []
 

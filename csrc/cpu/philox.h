@@ -77,5 +77,8 @@ inline void mask_row(const Dropout& d, int64_t row, int64_t col0, float* keep) {
 // D*x, zero where D is, infinite and NaN x included.
 inline F masked(F x, F keep) { return bit_cast<F>(bit_cast<U32>(x * keep) & (U32)(keep != F{})); }
 
+// x where D is not zero, else zero.
+inline F kept(F x, F keep) { return bit_cast<F>(bit_cast<U32>(x) & (U32)(keep != F{})); }
+
 }  // namespace
 }  // namespace svdkern

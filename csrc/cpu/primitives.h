@@ -1,60 +1,44 @@
-// The primitives on their own, for any number of rows: shrink, outer, dropout, and the frozen product of few rows
-// (gemv).
+// The primitives on their own (shrink, outer, linear, dropout), and which kernels a number of rows takes.
 #pragma once
 
-#include "small_m.h"
+#include "large_m.h"
 
 namespace svdkern {
 namespace {
 
-// Few rows: over chunks of the summed side. Many rows: over blocks of rows, and the factor is converted to fp32 once.
+constexpr int64_t few_rows = 16;  // up to so many, w is streamed as it lies
+
 template <class T>
 inline void shrink_as(const ShrinkParams& p) {
   const int64_t rows = p.a.rows, length = p.a.cols, r = p.f.cols;
-  const int64_t chunk = chunk_of(length), chunks = chunks_of(length);
   Scratch scratch;
-  if (rows <= block_rows) {
-    float* partial = scratch.take<float>(chunks * rows * r);
-    parallel(p.parallel_for, chunks, rows * r * smaller(chunk, length), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
-        contract_all<T>(p.a, p.dropout, p.f, c * chunk, smaller(length, (c + 1) * chunk), partial + c * rows * r);
-    });
-    add_chunks(partial, chunks, rows * r, p.out);
+  if (rows > few_rows) {
+    FusedJob job;
+    job.a = p.a, job.e = by_rows(p.f), job.r = r, job.drop_a = p.dropout;
+    job.h = p.out;
+    job.parallel_for = p.parallel_for, job.threads = p.threads;
+    if (r != 0) Fused<T>(job).run([](int64_t, int64_t, const float*, float*) {});
     return;
   }
-  Matrix f = p.f;
-  const int64_t ld = round_up(length, strip) + 16;
-  float* packed = scratch.take<float>(ld * r);
-  parallel(p.parallel_for, (length + strip - 1) / strip, strip * r, [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin * strip; l < smaller(length, end * strip); l += strip)
-      for (int64_t j0 = 0; j0 < r; j0 += panel_columns) {
-        const int64_t n = smaller(strip, length - l);
-        with_type(p.f.dtype, [&](auto t) {
-          load_panel_as<decltype(t)>(p.f, l, n, j0, smaller<int64_t>(panel_columns, r - j0), packed + j0 * ld + l, ld);
-        });
-      }
+  const int64_t chunk = chunk_of(length), chunks = chunks_of(length);
+  float* partial = scratch.take<float>(chunks * rows * r);
+  parallel(p.parallel_for, chunks, rows * r * smaller(chunk, length), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      contract_all<T>(p.a, p.dropout, p.f, c * chunk, smaller(length, (c + 1) * chunk), partial + c * rows * r);
   });
-  f.data = packed, f.dtype = DType::f32, f.row_stride = 1, f.col_stride = ld;
-  const int64_t blocks = (rows + block_rows - 1) / block_rows;
-  parallel(p.parallel_for, blocks, block_rows * length * r, [&](int64_t begin, int64_t end) {
-    Scratch own;
-    float* partial = own.take<float>(chunks * block_rows * r);
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t m0 = b * block_rows, here = smaller<int64_t>(block_rows, rows - m0);
-      for (int64_t c = 0; c < chunks; ++c)
-        contract_block<T>(p.a, p.dropout, m0, static_cast<int>(here), c * chunk, smaller(length, (c + 1) * chunk), f,
-                          partial + c * here * r);
-      add_chunks(partial, chunks, here * r, p.out + m0 * r);
-    }
-  });
+  add_chunks(partial, chunks, rows * r, p.out);
 }
 
 template <class T>
 inline void outer_as(const OuterParams& p) {
+  const float* q = static_cast<const float*>(p.q.data);
   const int64_t units = (p.a.cols + unit - 1) / unit;
+  Scratch scratch;
+  const bool many = p.a.rows > few_rows;
+  const Outer<T> outer(p.a, p.dropout, q, p.out, p.parallel_for, scratch);
   parallel(p.parallel_for, units, p.a.rows * unit * p.out.cols, [&](int64_t begin, int64_t end) {
-    outer_range<T>(p.a, p.dropout, static_cast<const float*>(p.q.data), p.out, begin * unit,
-                   smaller(p.a.cols, end * unit));
+    const int64_t l0 = begin * unit, l1 = smaller(p.a.cols, end * unit);
+    many ? outer.columns(l0, l1) : outer_range<T>(p.a, p.dropout, q, p.out, l0, l1);
   });
 }
 
@@ -77,11 +61,23 @@ inline void dropout_as(const DropoutParams& p) {
 }
 
 template <class T>
-inline void gemv_as(const GemvParams& p) {
+inline void linear_as(const LinearParams& p) {
+  const int64_t rows = p.a.rows, r = p.z.data == nullptr ? 0 : p.z.cols;
+  const float* z = static_cast<const float*>(p.z.data);
   Scratch scratch;
+  if (rows > few_rows) {
+    FusedJob job;
+    job.a = p.a, job.w = by_rows(p.w);
+    if (r != 0) job.f = by_columns(p.f), job.z = const_cast<float*>(z);
+    job.out = p.out.cols, job.r = r;
+    job.drop_y = p.dropout, job.bias = p.bias, job.y = p.out;
+    job.parallel_for = p.parallel_for, job.threads = p.threads;
+    return Fused<T>(job).run([](int64_t, int64_t, const float*, float*) {});
+  }
   Linear<T> job;
-  job.rows = p.a.rows, job.in = p.a.cols, job.out = p.w.cols;
+  job.rows = rows, job.in = p.a.cols, job.out = p.out.cols;
   base_operand(job, p.w, false);
+  if (r != 0) job.zt = transposed(scratch, z, rows, r, 1.0f), job.f = p.f, job.dropout = p.dropout;
   job.bias = p.bias;
   job.y = static_cast<T*>(p.out.data), job.ldy = p.out.row_stride;
   take_operand(job, p.a, scratch);
@@ -89,6 +85,16 @@ inline void gemv_as(const GemvParams& p) {
   const int64_t units = (job.out + unit - 1) / unit;
   parallel(p.parallel_for, units, job.rows * smaller(unit, job.out) * job.in,
            [&](int64_t begin, int64_t end) { linear_range(job, begin * unit, smaller(job.out, end * unit)); });
+}
+
+template <class T>
+inline void forward_as(const ForwardParams& p) {
+  p.x.rows <= few_rows ? forward_of_few<T>(p) : forward_of_many<T>(p);
+}
+
+template <class T>
+inline void backward_as(const BackwardParams& p) {
+  p.dy.rows <= few_rows ? backward_of_few<T>(p) : backward_of_many<T>(p);
 }
 
 // The table of this file's instruction set; storage types are dispatched here, once a call.
@@ -100,7 +106,7 @@ constexpr Kernels kernels_named(const char* name) {
       [](const ShrinkParams& p) { with_type(p.a.dtype, [&](auto t) { shrink_as<decltype(t)>(p); }); },
       [](const OuterParams& p) { with_type(p.a.dtype, [&](auto t) { outer_as<decltype(t)>(p); }); },
       [](const DropoutParams& p) { with_type(p.x.dtype, [&](auto t) { dropout_as<decltype(t)>(p); }); },
-      [](const GemvParams& p) { with_type(p.a.dtype, [&](auto t) { gemv_as<decltype(t)>(p); }); },
+      [](const LinearParams& p) { with_type(p.a.dtype, [&](auto t) { linear_as<decltype(t)>(p); }); },
       philox_bits,
   };
 }

@@ -6,6 +6,10 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "vec.h"
 
 namespace svdkern {
@@ -14,7 +18,7 @@ namespace {
 class Arena {
  public:
   static constexpr int max_blocks = 40;
-  static constexpr int64_t first_block = 256 << 10, kept = 16 << 20;
+  static constexpr int64_t first_block = 256 << 10, kept = 32 << 20, huge_page = 2 << 20;
 
   ~Arena() { free_from(0); }
 
@@ -22,9 +26,14 @@ class Arena {
     bytes = round_up(bytes, 64);
     while (block_ < blocks_ && used_ + bytes > size_[block_]) ++block_, used_ = 0;
     if (block_ == blocks_) {
-      const int64_t doubled = first_block << smaller(blocks_, 12), size = larger(doubled, round_up(bytes, 4096));
-      void* p = blocks_ < max_blocks ? std::aligned_alloc(64, size) : nullptr;
+      int64_t size = larger(first_block << smaller(blocks_, 12), round_up(bytes, 4096));
+      const bool huge = size >= huge_page;
+      if (huge) size = round_up(size, huge_page);
+      void* p = blocks_ < max_blocks ? std::aligned_alloc(huge ? huge_page : 64, size) : nullptr;
       if (p == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+      if (huge) madvise(p, size, MADV_HUGEPAGE);  // panels are walked with large strides
+#endif
       data_[blocks_] = static_cast<char*>(p), size_[blocks_] = size, ++blocks_, used_ = 0;
     }
     char* p = data_[block_] + used_;

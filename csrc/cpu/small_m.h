@@ -19,22 +19,29 @@ namespace {
 // z = h sigma | h R | h, or with `transposed` q = t sigma | t R^T | t.
 inline void couple(const float* h, int64_t rows, int64_t r, const Vector& sigma, const Matrix& core, bool transposed,
                    float* z) {
-  for (int64_t m = 0; m < rows; ++m) {
-    const float* from = h + m * r;
-    float* to = z + m * r;
-    if (core.data != nullptr) {
-      for (int64_t j = 0; j < r; ++j) to[j] = 0.0f;
-      for (int64_t i = 0; i < r; ++i)
-        for (int64_t j = 0; j < r; ++j) {
-          const int64_t at =
-              transposed ? j * core.row_stride + i * core.col_stride : i * core.row_stride + j * core.col_stride;
-          to[j] += from[i] * element(core.dtype, core.data, at);
-        }
-    } else if (sigma.data != nullptr) {
-      for (int64_t j = 0; j < r; ++j) to[j] = from[j] * element(sigma.dtype, sigma.data, j * sigma.stride);
-    } else {
-      std::memcpy(to, from, r * sizeof(float));
+  if (core.data != nullptr) {
+    const int64_t ld = round_up(r, W);
+    Scratch scratch;
+    float *c = scratch.take<float>(r * ld), *sums = scratch.take<float>(ld);
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t j = 0; j < ld; ++j) {
+        const int64_t at =
+            transposed ? j * core.row_stride + i * core.col_stride : i * core.row_stride + j * core.col_stride;
+        c[i * ld + j] = j < r ? element(core.dtype, core.data, at) : 0.0f;
+      }
+    for (int64_t m = 0; m < rows; ++m) {
+      std::memset(sums, 0, ld * sizeof(float));
+      rank_update(sums, ld, 1, h + m * r, 1, c, ld, r, ld);
+      std::memcpy(z + m * r, sums, r * sizeof(float));
     }
+  } else if (sigma.data != nullptr) {
+    Scratch scratch;
+    float* s = scratch.take<float>(r);
+    for (int64_t j = 0; j < r; ++j) s[j] = element(sigma.dtype, sigma.data, j * sigma.stride);
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t j = 0; j < r; ++j) z[m * r + j] = h[m * r + j] * s[j];
+  } else {
+    std::memcpy(z, h, rows * r * sizeof(float));
   }
 }
 
@@ -62,7 +69,7 @@ inline void base_operand(Linear<T>& job, const Matrix& w, bool transpose_w) {
 }
 
 template <class T>
-inline void forward_as(const ForwardParams& p) {
+inline void forward_of_few(const ForwardParams& p) {
   const int64_t rows = p.x.rows, in = p.x.cols, out = p.y.cols, r = p.u.cols;
   Scratch scratch;
   Linear<T> job;
@@ -93,23 +100,35 @@ inline void forward_as(const ForwardParams& p) {
            [&](int64_t begin, int64_t end) { linear_range(job, begin * unit, smaller(out, end * unit)); });
 }
 
-// The sums over rows of products of (M, r) matrices: tiny, so one thread.
+// The sums over rows of products of (M, r) matrices: small, so one thread.
 inline void core_gradients(const BackwardParams& b, const float* h, const float* t, const float* p, const float* z,
                            int64_t rows, int64_t r) {
-  if (b.dsigma.data != nullptr)
-    for (int64_t j = 0; j < r; ++j) {
-      float total = 0.0f;
-      for (int64_t m = 0; m < rows; ++m) total += h[m * r + j] * t[m * r + j];
-      with_type(b.dsigma.dtype, [&](auto e) { from_float(static_cast<decltype(e)*>(b.dsigma.data) + j, total); });
+  Scratch scratch;
+  if (b.dsigma.data != nullptr) {
+    float* total = scratch.take<float>(r);
+    std::memset(total, 0, r * sizeof(float));
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t j = 0; j < r; ++j) total[j] += h[m * r + j] * t[m * r + j];
+    with_type(b.dsigma.dtype, [&](auto e) {
+      for (int64_t j = 0; j < r; ++j) from_float(static_cast<decltype(e)*>(b.dsigma.data) + j, total[j]);
+    });
+  }
+  if (b.dcore.data != nullptr) {
+    const int64_t ld = round_up(r, W);
+    float *total = scratch.take<float>(r * ld), *row = scratch.take<float>(ld);
+    std::memset(total, 0, r * ld * sizeof(float));
+    std::memset(row, 0, ld * sizeof(float));
+    for (int64_t m = 0; m < rows; ++m) {
+      std::memcpy(row, t + m * r, r * sizeof(float));
+      rank_update(total, ld, r, h + m * r, r, row, ld, 1, ld);
     }
-  if (b.dcore.data != nullptr)
     for (int64_t i = 0; i < r; ++i)
       for (int64_t j = 0; j < r; ++j) {
-        float total = 0.0f;
-        for (int64_t m = 0; m < rows; ++m) total += h[m * r + i] * t[m * r + j];
         const int64_t at = i * b.dcore.row_stride + j * b.dcore.col_stride;
-        with_type(b.dcore.dtype, [&](auto e) { from_float(static_cast<decltype(e)*>(b.dcore.data) + at, total); });
+        with_type(b.dcore.dtype,
+                  [&](auto e) { from_float(static_cast<decltype(e)*>(b.dcore.data) + at, total[i * ld + j]); });
       }
+  }
   if (b.dscale != nullptr) {
     float total = 0.0f;
     for (int64_t i = 0; i < rows * r; ++i) total += p[i] * z[i];
@@ -128,7 +147,7 @@ inline void bias_gradient(const Matrix& dy, const MutableVector& dbias, int64_t 
 }
 
 template <class T>
-inline void backward_as(const BackwardParams& b) {
+inline void backward_of_few(const BackwardParams& b) {
   const int64_t rows = b.dy.rows, n = b.dy.cols, r = b.v.cols, k = b.u.rows;
   const Dropout none;
   const bool wants_dx = b.dx.data != nullptr, wants_du = b.du.data != nullptr;
@@ -147,7 +166,7 @@ inline void backward_as(const BackwardParams& b) {
       for (int64_t j = 0; j < r; ++j)
         h[m * r + j] = static_cast<const float*>(b.h.data)[m * b.h.row_stride + j * b.h.col_stride];
     couple(h, rows, r, b.sigma, b.core, false, z);
-    for (int64_t i = 0; i < rows * r; ++i) sz[i] = b.scale * z[i];
+    scale_by(b.scale, z, rows * r, sz);
   }
 
   const bool wants_p = r != 0 && (wants_dx || wants_du || b.dsigma.data || b.dcore.data || b.dscale);
@@ -165,7 +184,7 @@ inline void backward_as(const BackwardParams& b) {
   float *p = scratch.take<float>(rows * r), *t = scratch.take<float>(rows * r), *q = scratch.take<float>(rows * r);
   if (wants_p) {
     add_chunks(partial, chunks, rows * r, p);
-    for (int64_t i = 0; i < rows * r; ++i) t[i] = b.scale * p[i];
+    scale_by(b.scale, p, rows * r, t);
     couple(t, rows, r, b.sigma, b.core, true, q);
   }
   core_gradients(b, h, t, p, z, rows, r);

@@ -208,6 +208,10 @@ inline void transpose(F (&v)[W]) {
   if constexpr (W > 8) exchange<8 % W>(v);
 }
 
+inline void scale_by(float scale, const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = scale * from[i];
+}
+
 // Calls body(T{}) with the storage type that dtype names (f64 has no kernels here: the caller has checked).
 template <class Body>
 inline void with_type(DType dtype, const Body& body) {

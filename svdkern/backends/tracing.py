@@ -53,13 +53,13 @@ def _dropout(x, rng_state, threshold, row0):
     return x.new_empty(x.shape)
 
 
-def _gemv(a, w, bias):
-    return a.new_empty(a.shape[0], w.shape[1])
+def _linear(a, w, z, f, bias, rng_state, threshold):
+    return a.new_empty(a.shape[0], f.shape[0])
 
 
 def register() -> None:
     """Tell PyTorch; called once, where the extension is loaded."""
-    for fake in (_forward, _backward, _shrink, _outer, _dropout, _gemv):
+    for fake in (_forward, _backward, _shrink, _outer, _dropout, _linear):
         name = f"_cpu{fake.__name__}"
         torch.library.register_fake(f"svdkern::{name}", fake)
         op = getattr(torch.ops.svdkern, name).default

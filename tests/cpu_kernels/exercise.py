@@ -47,8 +47,9 @@ def whole_layer(kernels: ModuleType, isa: str, dtype: str, factor: str, shape: t
     dcore = None if core is None else to_double(core)
     truth = reference.forward(*exact, s, dcore, d, 1)  # type: ignore[arg-type]
     scale = reference.forward(*exact, s, dcore, d, 0)  # type: ignore[arg-type]
+    halves = reference.halves_products(isa, dtype, m)
     for name in ("y", "h"):
-        reference.close(out[name], truth[name], scale[name], name)
+        reference.close(out[name], truth[name], scale[name], name, scale[f"branch of {name}"] if halves else None)
 
     grads: dict[str, Array | None] = {
         "dx": unwritten((m, k), x),
@@ -66,28 +67,46 @@ def whole_layer(kernels: ModuleType, isa: str, dtype: str, factor: str, shape: t
     scale = reference.backward(*given, s, dcore, h, d, 0)  # type: ignore[arg-type]
     for name, found in grads.items():
         if found is not None:
-            reference.close(found, truth[name], scale[name], name)
+            branch = scale.get(f"branch of {name}", scale[name]) if halves and name != "dbias" else None
+            reference.close(found, truth[name], scale[name], name, branch)
             out[name] = found
     return out
 
 
 def primitives(kernels: ModuleType, isa: str, dtype: str, factor: str, shape: tuple[int, int, int], layout: str,
                dropout: tuple[Any, ...]) -> list[Array]:  # fmt: skip
-    """shrink and outer, any number of rows."""
+    """shrink, outer and linear, any number of rows."""
     m, length, r = shape
     rng = np.random.default_rng(m + length + r)
     a = to_storage(rng.standard_normal((m, length)), dtype)
     f = strided(to_storage(rng.standard_normal((length, r)), factor), layout)
     q = rng.standard_normal((m, r)).astype(np.float32)
     d = reference.mask(dropout, m, length)
+    halves = reference.halves_products(isa, dtype, m)
     short = np.full((m, r), np.nan, np.float32)
     kernels.shrink(isa, a, f, dropout, short)
     masked, factors = d * to_double(a), to_double(f)
-    reference.close(short, masked @ factors, abs(masked) @ abs(factors), "shrink")
+    scale = abs(masked) @ abs(factors)
+    reference.close(short, masked @ factors, scale, "shrink", scale if halves else None)
     long = strided(unwritten((length, r), f), layout)
     kernels.outer(isa, a, q, dropout, long)
-    reference.close(long, masked.T @ q, abs(masked).T @ abs(q.astype(np.float64)), "outer")
-    return [short, long]
+    scale = abs(masked).T @ abs(q.astype(np.float64))
+    reference.close(long, masked.T @ q, scale, "outer", scale if halves else None)
+    results = [short, long]
+    b = to_storage(rng.standard_normal((m, r)), dtype)  # y (M, length) = b w + D*(q f^T) + bias
+    w = to_storage(rng.standard_normal((r, length)), dtype)
+    bias = to_storage(rng.standard_normal(length), dtype)
+    for weight, z in ((strided(w, "columns"), q), (w, None), (None, q)):
+        y = unwritten((m, length), a)
+        kernels.linear(isa, b, weight, z, f, bias, dropout, y)
+        base = 0 if weight is None else to_double(b) @ to_double(weight)
+        size = 0 if weight is None else abs(to_double(b)) @ abs(to_double(weight))
+        branch = np.zeros((m, length)) if z is None else d * (q.astype(np.float64) @ factors.T)
+        absolute = np.zeros((m, length)) if z is None else d * (abs(q.astype(np.float64)) @ abs(factors).T)
+        reference.close(y, base + branch + to_double(bias), size + absolute + abs(to_double(bias)), "linear",
+                        absolute if halves else None)  # fmt: skip
+        results.append(y)
+    return results
 
 
 def exact_residual(weight: Array, u: Array, sigma: Array | None, v: Array, s: float) -> Array:

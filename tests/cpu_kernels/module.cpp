@@ -120,7 +120,7 @@ PYBIND11_MODULE(cpu_kernels_module, m) {
         [](const std::string& isa, py::object x, py::object weight, py::object u, py::object sigma, py::object v,
            py::object bias, float scale, py::object core, py::tuple dropout, py::object y, py::object h) {
           kernels(isa).forward({in(x), in(weight), in(u), in(v), in(core), vector_of(sigma), vector_of(bias), scale,
-                                dropout_of(dropout), out(y), floats(h), split});
+                                dropout_of(dropout), out(y), floats(h), split, pieces});
         });
   m.def("backward",
         [](const std::string& isa, py::object dy, py::object x, py::object weight, py::object u, py::object sigma,
@@ -128,19 +128,20 @@ PYBIND11_MODULE(cpu_kernels_module, m) {
            py::object dsigma, py::object dv, py::object dbias, py::object dscale, py::object dcore) {
           kernels(isa).backward({in(dy), in(x), in(weight), in(u), in(v), in(core), in(h), vector_of(sigma), scale,
                                  dropout_of(dropout), out(dx), out(du), out(dv), out(dcore), out_vector(dsigma),
-                                 out_vector(dbias), floats(dscale), split});
+                                 out_vector(dbias), floats(dscale), split, pieces});
         });
   m.def("shrink", [](const std::string& isa, py::object a, py::object f, py::tuple dropout, py::object result) {
-    kernels(isa).shrink({in(a), in(f), dropout_of(dropout), floats(result), split});
+    kernels(isa).shrink({in(a), in(f), dropout_of(dropout), floats(result), split, pieces});
   });
   m.def("outer", [](const std::string& isa, py::object a, py::object q, py::tuple dropout, py::object result) {
-    kernels(isa).outer({in(a), in(q), dropout_of(dropout), out(result), split});
+    kernels(isa).outer({in(a), in(q), dropout_of(dropout), out(result), split, pieces});
   });
   m.def("dropout", [](const std::string& isa, py::object x, py::tuple dropout, py::object result) {
     kernels(isa).dropout({in(x), dropout_of(dropout), out(result), split});
   });
-  m.def("gemv", [](const std::string& isa, py::object a, py::object w, py::object bias, py::object result) {
-    kernels(isa).gemv({in(a), in(w), vector_of(bias), out(result), split});
+  m.def("linear", [](const std::string& isa, py::object a, py::object w, py::object z, py::object f, py::object bias,
+                     py::tuple dropout, py::object result) {
+    kernels(isa).linear({in(a), in(w), in(z), in(f), vector_of(bias), dropout_of(dropout), out(result), split, pieces});
   });
   m.def("residual",
         [](py::object weight, py::object u, py::object sigma, py::object v, double scale, py::object result) {

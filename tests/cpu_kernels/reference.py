@@ -71,7 +71,8 @@ def forward(x: Array, w: Array, u: Array, sigma: Array | None, v: Array, b: Arra
         sigma, core = (None if f is None else abs(f) for f in (sigma, core))
     h = (d * x) @ u
     z = h @ core if core is not None else h * sigma if sigma is not None else h
-    return {"h": h, "y": x @ w.T + s * z @ v.T + b}
+    branch = s * z @ v.T
+    return {"h": h, "y": x @ w.T + branch + b} | ({"branch of h": h, "branch of y": branch} if sign == 0 else {})
 
 
 def backward(dy: Array, x: Array, w: Array, u: Array, sigma: Array | None, v: Array, s: float, core: Array | None, h: Array,
@@ -84,23 +85,33 @@ def backward(dy: Array, x: Array, w: Array, u: Array, sigma: Array | None, v: Ar
     t = s * p
     q = t @ core.T if core is not None else t * sigma if sigma is not None else t
     z = h @ core if core is not None else h * sigma if sigma is not None else h
+    branch = d * (q @ u.T)
     return {
-        "dx": dy @ w + d * (q @ u.T),
+        "dx": dy @ w + branch,
         "du": (d * x).T @ q,
         "dsigma": (h * t).sum(0),
         "dv": s * dy.T @ z,
         "dbias": dy.sum(0),
         "dscale": np.array([(p * z).sum()]),
         "dcore": h.T @ t,
-    }
+    } | ({"branch of dx": branch} if sign == 0 else {})
 
 
-def close(found: Array, exact: Array, scale: Array, name: str) -> None:
-    """Normwise and at the worst element: a few fp32 roundings of the sums' absolute values and one of the result's type."""
+def halves_products(isa: str, dtype: str, rows: int) -> bool:
+    """Whether these kernels multiply bf16 by bf16: then what is fp32 (factors, z, q) is rounded to bf16 once."""
+    return dtype == "bfloat16" and rows > 16 and isa in ("avx512_bf16", "amx_bf16")
+
+
+def close(found: Array, exact: Array, scale: Array, name: str, rounded: Array | None = None) -> None:
+    """Normwise and at the worst element: a few fp32 roundings of the sums' absolute values and one of the result's type.
+
+    ``rounded``: the absolute values of the sums whose fp32 operands are rounded to bf16, up to three in one product.
+    """
     dtype = {np.dtype(t): n for n, t in DTYPES.items()}[found.dtype]
     values = to_double(found)
     assert np.isfinite(values).all(), f"{name} was not fully written"
     sums = 4 * ROUNDOFF["float32"]
+    scale = scale if rounded is None else scale + 3 * ROUNDOFF["bfloat16"] / sums * rounded
     result = ROUNDOFF[dtype] if dtype != "float32" else 0.0
     smallest = 2.0**-24 if dtype == "float16" else 0.0  # half of fp16's least step, twice over
     error = np.linalg.norm(values - exact)

@@ -14,6 +14,9 @@ from reference import to_double, to_storage
 SHAPES = [
     (1, 64, 64, 4), (2, 129, 65, 17), (3, 5, 1, 1), (4, 17, 129, 3), (7, 1, 5, 16), (8, 65, 64, 100),
     (16, 640, 129, 16), (33, 129, 17, 3), (16, 1100, 70, 33), (5, 96, 1100, 16), (6, 17, 64, 0), (16, 1, 1, 1),
+    # many rows: tails of strips, panels, blocks of depth and of columns; both ways of sharing the work
+    (17, 1, 1, 1), (29, 345, 290, 16), (64, 31, 33, 100), (43, 97, 15, 0), (530, 33, 47, 17), (601, 5, 300, 3),
+    (40, 300, 7, 280),
 ]  # fmt: skip
 DROP = (2**63 + 77, 2**40 + 1, 20000, 0)
 
@@ -43,10 +46,10 @@ def test_bits_do_not_depend_on_the_split(kernels: ModuleType, isa: str, dtype: s
     found = []
     for pieces in (1, 2, 3, 7):
         kernels.set_pieces(pieces)
-        layer = exercise.whole_layer(kernels, isa, dtype, "float32", (16, 1300, 700, 16), "rows", DROP, "sigma")
-        found.append(
-            [*layer.values(), *exercise.primitives(kernels, isa, dtype, "float32", (70, 1300, 16), "rows", ())]
-        )
+        results = exercise.primitives(kernels, isa, dtype, "float32", (70, 1300, 16), "rows", ())
+        for shape in ((16, 1300, 700, 16), (50, 340, 300, 16), (520, 70, 90, 5)):
+            results += exercise.whole_layer(kernels, isa, dtype, "float32", shape, "rows", DROP, "sigma").values()
+        found.append(results)
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert np.array_equal(a, b)
@@ -86,12 +89,12 @@ def test_far_apart_rows_are_reached(kernels: ModuleType, isa: str) -> None:
     far = np.lib.stride_tricks.as_strided(base, (3, 64), (2 * stride, 2))
     far[:] = to_storage(rng.standard_normal((3, 64)), "bfloat16")
     near = np.ascontiguousarray(far)
-    results = []
+    results, none = [], np.zeros((64, 0), np.float32)
     for a, weight in ((near, near), (far, far)):
         y = exercise.unwritten((3, 3), near)
-        kernels.gemv(isa, a, weight.T, None, y)
+        kernels.linear(isa, a, weight.T, None, none, None, (), y)
         dx = exercise.unwritten((3, 64), near)
-        kernels.gemv(isa, to_storage(np.eye(3), "bfloat16"), weight, None, dx)
+        kernels.linear(isa, to_storage(np.eye(3), "bfloat16"), weight, None, none, None, (), dx)
         f = np.full((64, 3), np.nan, np.float32)
         kernels.outer(isa, a, np.eye(3, dtype=np.float32), (), f)
         h = np.full((3, 3), np.nan, np.float32)
