@@ -16,7 +16,12 @@ pytestmark = pytest.mark.skipif(extension.why_missing is not None, reason="needs
 
 OPS = torch.ops.svdkern
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = {"M": (0, 1, 2, 7, 16, 17, 33, 70, 530), "K": (1, 5, 17, 64, 129), "N": (1, 5, 17, 64, 129), "r": (0, 1, 3, 16, 17, 100)}
+SIZES = {
+    "M": (0, 1, 2, 7, 16, 17, 33, 70, 530),
+    "K": (1, 5, 17, 64, 129),
+    "N": (1, 5, 17, 64, 129),
+    "r": (0, 1, 3, 16, 17, 100),
+}
 RNG_STATE = torch.tensor([2**62 + 12345, -3])
 NAMES = ("x", "u", "sigma", "v", "bias", "scale", "core")
 
@@ -64,8 +69,8 @@ def _formula(x: Tensor, w: Tensor | None, u: Tensor, sigma: Tensor | None, v: Te
     base, dbase = (0, 0) if w is None else (x @ w.t(), dy @ w)
     branch, dbranch = s * z @ v.t(), d * (q @ u.t())
     return {
-        "y": base + branch + bias, "branch of y": branch, "h": h, "x": dbase + dbranch, "branch of x": dbranch, "u": (d * x).t() @ q,
-        "sigma": (h * t).sum(0), "v": s * dy.t() @ z, "bias": dy.sum(0), "scale": (p * z).sum(), "core": h.t() @ t,
+        "y": base + branch + bias, "branch of y": branch, "h": h, "x": dbase + dbranch, "branch of x": dbranch,
+        "u": (d * x).t() @ q, "sigma": (h * t).sum(0), "v": s * dy.t() @ z, "bias": dy.sum(0), "scale": (p * z).sum(), "core": h.t() @ t,
     }  # fmt: skip
 
 
