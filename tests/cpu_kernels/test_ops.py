@@ -70,7 +70,8 @@ def _formula(x: Tensor, w: Tensor | None, u: Tensor, sigma: Tensor | None, v: Te
     branch, dbranch = s * z @ v.t(), d * (q @ u.t())
     return {
         "y": base + branch + bias, "branch of y": branch, "h": h, "x": dbase + dbranch, "branch of x": dbranch,
-        "u": (d * x).t() @ q, "sigma": (h * t).sum(0), "v": s * dy.t() @ z, "bias": dy.sum(0), "scale": (p * z).sum(), "core": h.t() @ t,
+        "u": (d * x).t() @ q, "sigma": (h * t).sum(0), "v": s * dy.t() @ z,
+        "bias": dy.sum(0), "scale": (p * z).sum(), "core": h.t() @ t,
     }  # fmt: skip
 
 
