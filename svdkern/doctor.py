@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svdkern.backends import dispatch, extension
-from svdkern.backends.cpu import SMALL_M, aten_is_fast
+from svdkern.backends.cpu import SMALL_M, SMALL_WORK, fuses, kernels_win
 from svdkern.functional import svd_linear
 
 _PACKAGES = ("svdkern", "torch", "triton", "peft", "transformers", "safetensors")
@@ -101,11 +101,16 @@ def _choices(shape: tuple[int, int, int] | None) -> list[str]:
     return lines
 
 
+_ONE_CALL = "one C++ call each way"
+_BY_ATEN = "base product by ATen, which is faster here"
+
+
 def _path(chosen: str, dtype: torch.dtype) -> str:
     if chosen != "cpu":
         return "PyTorch operators"
-    base = "ATen" if aten_is_fast(dtype) else "panels upcast to float32 (ATen has no fast product for this dtype here)"
-    return f"M <= {SMALL_M}: one C++ call each way; above: base product by {base}"
+    if kernels_win(dtype):
+        return _ONE_CALL
+    return f"M <= {SMALL_M} or M*K*N <= {SMALL_WORK}: {_ONE_CALL}; above: {_BY_ATEN}"
 
 
 def _shape_lines(shape: tuple[int, int, int]) -> list[str]:
@@ -113,11 +118,7 @@ def _shape_lines(shape: tuple[int, int, int]) -> list[str]:
     lines = [f"path of M={m} K={k} N={n}, without gates"]
     for name, dtype in _DTYPES.items():
         chosen = dispatch.choose(torch.empty(0, dtype=dtype), None).name
-        path = (
-            "one C++ call each way"
-            if chosen == "cpu" and m <= SMALL_M
-            else _path(chosen, dtype).rpartition("above: ")[2]
-        )
+        path = _path(chosen, dtype) if chosen != "cpu" else _ONE_CALL if fuses(m, k, n, dtype) else _BY_ATEN
         lines.append(f"  {name:<10}{chosen:<8}{path}")
     return lines
 

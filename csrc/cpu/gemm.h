@@ -91,8 +91,8 @@ class Fused {
       prepare(m0, smaller(rows_, end * E::tile_rows) - m0, has_e(), has_y(), a + begin * strip_size(), modulate);
     });
     if (!has_y()) return;
-    const int64_t wide =
-        smaller(group_columns, round_up((job_.out + job_.threads - 1) / job_.threads, E::tile_columns));
+    const int64_t least = (job_.out + group_columns - 1) / group_columns, even = round_up(least, job_.threads);
+    const int64_t wide = round_up((job_.out + even - 1) / even, E::tile_columns);
     const int64_t groups = (job_.out + wide - 1) / wide;
     parallel(job_.parallel_for, groups, rows_ * depth_ * wide, [&](int64_t begin, int64_t end) {
       [[maybe_unused]] const typename E::Session session;

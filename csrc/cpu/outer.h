@@ -14,7 +14,7 @@ namespace {
 // Rows in one pass over the sums: few where the sums stay in L1 (a is then read in many streams), more where they do
 // not.
 constexpr int64_t outer_depth = 128, shallow_depth = 32, shallow_rank = 32;
-constexpr int64_t outer_columns = 1024, outer_ld = outer_columns + 16;
+constexpr int64_t outer_columns = 1024;
 
 template <class T>
 class Outer {
@@ -34,21 +34,22 @@ class Outer {
   void columns(int64_t l0, int64_t l1) const {
     [[maybe_unused]] const typename EngineOf<T>::Type::Session session;
     Scratch scratch;
-    float* sums = scratch.take<float>(ld() * outer_ld);
-    T* kept_rows = dropout_.threshold == 0 ? nullptr : scratch.take<T>(outer_depth * outer_ld);
+    const int64_t sums_stride = round_up(smaller(outer_columns, l1 - l0), 32) + 16;
+    float* sums = scratch.take<float>(ld() * sums_stride);
+    T* kept_rows = dropout_.threshold == 0 ? nullptr : scratch.take<T>(outer_depth * sums_stride);
     for (int64_t l = l0; l < l1; l += outer_columns) {
       const int64_t n = smaller(outer_columns, l1 - l);
-      std::memset(sums, 0, ld() * outer_ld * sizeof(float));
+      std::memset(sums, 0, ld() * sums_stride * sizeof(float));
       for (int64_t m = 0; m < a_.rows; m += depth_) {
         const int64_t depth = smaller(depth_, a_.rows - m);
         const T* rows = static_cast<const T*>(a_.data) + m * a_.row_stride + l;
-        if (kept_rows != nullptr) keep(rows, m, depth, l, n, kept_rows);
-        update(sums, m, kept_rows != nullptr ? kept_rows : rows, kept_rows != nullptr ? outer_ld : a_.row_stride, depth,
-               n);
+        if (kept_rows != nullptr) keep(rows, m, depth, l, n, kept_rows, sums_stride);
+        update(sums, sums_stride, m, kept_rows != nullptr ? kept_rows : rows,
+               kept_rows != nullptr ? sums_stride : a_.row_stride, depth, n);
       }
-      finish(sums, n);
+      finish(sums, sums_stride, n);
       for (int64_t j0 = 0; j0 < r_; j0 += panel_columns)
-        store_panel(out_, l, n, j0, smaller<int64_t>(panel_columns, r_ - j0), sums + j0 * outer_ld, outer_ld);
+        store_panel(out_, l, n, j0, smaller<int64_t>(panel_columns, r_ - j0), sums + j0 * sums_stride, sums_stride);
     }
   }
 
@@ -57,14 +58,14 @@ class Outer {
 
   int64_t ld() const { return round_up(r_, 16); }
 
-  void keep(const T* rows, int64_t m, int64_t depth, int64_t l, int64_t n, T* to) const {
+  void keep(const T* rows, int64_t m, int64_t depth, int64_t l, int64_t n, T* to, int64_t sums_stride) const {
     for (int64_t i = 0; i < depth; ++i)
       for (int64_t c = 0; c < n; c += mask_columns) {
         alignas(64) float mask[mask_columns];
         mask_row(dropout_, m + i, l + c, mask);
         for (int64_t k = 0; k < mask_columns && c + k < n; k += W) {
           const int64_t wide = smaller<int64_t>(W, n - c - k);
-          store(to + i * outer_ld + c + k, kept(load(rows + i * a_.row_stride + c + k, wide), load(mask + k)), wide);
+          store(to + i * sums_stride + c + k, kept(load(rows + i * a_.row_stride + c + k, wide), load(mask + k)), wide);
         }
       }
   }
@@ -96,13 +97,14 @@ class Outer {
 #endif
   }
 
-  void update(float* sums, int64_t m, const T* rows, int64_t row_stride, int64_t depth, int64_t n) const {
+  void update(float* sums, int64_t sums_stride, int64_t m, const T* rows, int64_t row_stride, int64_t depth,
+              int64_t n) const {
     if constexpr (!bf16_products) {
       alignas(64) float panel[outer_depth * Fma::tile_columns];  // rows far apart would share their cache sets
       for (int64_t c = 0; c < n; c += Fma::tile_columns) {
         const int64_t columns = smaller(Fma::tile_columns, n - c);
         Fma::pack_b<T>({rows + c, DType::f32, row_stride, 1}, 0, depth, 0, columns, panel);
-        rank_update(sums + c, outer_ld, r_, q_ + m * r_, r_, panel, Fma::tile_columns, depth, round_up(columns, W));
+        rank_update(sums + c, sums_stride, r_, q_ + m * r_, r_, panel, Fma::tile_columns, depth, round_up(columns, W));
       }
     } else {
 #if defined(__AMX_BF16__)
@@ -111,8 +113,8 @@ class Outer {
         const int64_t columns = smaller(Pairs::tile_columns, n - c);
         Tiles::pack_b<bf16>({rows + c, DType::bf16, row_stride, 1}, 0, depth, 0, columns, panel);
         for (int64_t j = 0; j < ld(); j += 16) {
-          float* at = sums + j * outer_ld + c;
-          tile_load<0>(at, 4 * outer_ld), tile_load<1>(at + W, 4 * outer_ld);
+          float* at = sums + j * sums_stride + c;
+          tile_load<0>(at, 4 * sums_stride), tile_load<1>(at + W, 4 * sums_stride);
           for (int64_t k = 0; k < depth; k += 32) {
             tile_load<4>(pairs_ + (m + k) / 2 * ld() + j * W, 4 * W);
             tile_load<6>(panel + k / 2 * Pairs::tile_columns, 4 * Pairs::tile_columns);
@@ -120,23 +122,23 @@ class Outer {
             tile_load<7>(panel + k / 2 * Pairs::tile_columns + W, 4 * Pairs::tile_columns);
             tile_multiply<1, 4, 7>();
           }
-          tile_store<0>(at, 4 * outer_ld), tile_store<1>(at + W, 4 * outer_ld);
+          tile_store<0>(at, 4 * sums_stride), tile_store<1>(at + W, 4 * sums_stride);
         }
       }
 #elif defined(__AVX512BF16__)
-      rank_update(sums, outer_ld, r_, pairs_ + m / 2 * ld(), ld(), rows, row_stride, depth, n, 0);
+      rank_update(sums, sums_stride, r_, pairs_ + m / 2 * ld(), ld(), rows, row_stride, depth, n, 0);
 #endif
     }
   }
 
-  void finish(float* sums, int64_t n) const {
+  void finish(float* sums, int64_t sums_stride, int64_t n) const {
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-    if constexpr (bf16_products) in_order(sums, outer_ld, r_, n);
+    if constexpr (bf16_products) in_order(sums, sums_stride, r_, n);
 #endif
     if (dropout_.threshold == 0) return;
     const F factor = splat(static_cast<float>(1.0 / (1.0 - dropout_.threshold / 65536.0)));
     for (int64_t j = 0; j < r_; ++j)
-      for (int64_t i = 0; i < n; i += W) store(sums + j * outer_ld + i, factor * load(sums + j * outer_ld + i));
+      for (int64_t i = 0; i < n; i += W) store(sums + j * sums_stride + i, factor * load(sums + j * sums_stride + i));
   }
 
   const Matrix& a_;

@@ -6,13 +6,15 @@
 namespace svdkern {
 namespace {
 
-constexpr int64_t few_rows = 16;  // up to so many, w is streamed as it lies
+// Up to so many rows w is streamed as it lies: packing it costs more than reading it once for every block_rows rows.
+template <class T>
+constexpr int64_t few_rows = (EngineOf<T>::Type::per_element == 1 ? 2 : 1) * block_rows;
 
 template <class T>
 inline void shrink_as(const ShrinkParams& p) {
   const int64_t rows = p.a.rows, length = p.a.cols, r = p.f.cols;
   Scratch scratch;
-  if (rows > few_rows) {
+  if (rows > few_rows<T>) {
     FusedJob job;
     job.a = p.a, job.e = by_rows(p.f), job.r = r, job.drop_a = p.dropout;
     job.h = p.out;
@@ -34,7 +36,7 @@ inline void outer_as(const OuterParams& p) {
   const float* q = static_cast<const float*>(p.q.data);
   const int64_t units = (p.a.cols + unit - 1) / unit;
   Scratch scratch;
-  const bool many = p.a.rows > few_rows;
+  const bool many = p.a.rows > few_rows<T>;
   const Outer<T> outer(p.a, p.dropout, q, p.out, p.parallel_for, scratch);
   parallel(p.parallel_for, units, p.a.rows * unit * p.out.cols, [&](int64_t begin, int64_t end) {
     const int64_t l0 = begin * unit, l1 = smaller(p.a.cols, end * unit);
@@ -65,7 +67,7 @@ inline void linear_as(const LinearParams& p) {
   const int64_t rows = p.a.rows, r = p.z.data == nullptr ? 0 : p.z.cols;
   const float* z = static_cast<const float*>(p.z.data);
   Scratch scratch;
-  if (rows > few_rows) {
+  if (rows > few_rows<T>) {
     FusedJob job;
     job.a = p.a, job.w = by_rows(p.w);
     if (r != 0) job.f = by_columns(p.f), job.z = const_cast<float*>(z);
@@ -89,12 +91,12 @@ inline void linear_as(const LinearParams& p) {
 
 template <class T>
 inline void forward_as(const ForwardParams& p) {
-  p.x.rows <= few_rows ? forward_of_few<T>(p) : forward_of_many<T>(p);
+  p.x.rows <= few_rows<T> ? forward_of_few<T>(p) : forward_of_many<T>(p);
 }
 
 template <class T>
 inline void backward_as(const BackwardParams& p) {
-  p.dy.rows <= few_rows ? backward_of_few<T>(p) : backward_of_many<T>(p);
+  p.dy.rows <= few_rows<T> ? backward_of_few<T>(p) : backward_of_many<T>(p);
 }
 
 // The table of this file's instruction set; storage types are dispatched here, once a call.

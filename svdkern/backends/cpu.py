@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from svdkern.backends.eager import EagerBackend
-from svdkern.backends.formula import Gradients
+from svdkern.backends.formula import Gradients, cast
 from svdkern.backends.philox import DROPS_ALL
 
-SMALL_M = 16
-"""Up to this many rows a call streams the weight once through our own kernels."""
+SMALL_M = 32
+"""Up to this many rows our kernels run, whatever ATen has."""
+
+SMALL_WORK = 1 << 23
+"""Up to so many multiply-adds M * K * N as well: there the one call is what counts."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,8 +43,9 @@ def kernels_win(dtype: torch.dtype) -> bool:
     return not aten_is_fast(dtype) or (dtype == torch.bfloat16 and torch.ops.svdkern._cpu_isa.default() == "amx_bf16")
 
 
-def _fused(rows: int, dtype: torch.dtype, gate: Tensor | None, threshold: int) -> bool:
-    return gate is None and threshold != DROPS_ALL and (rows <= SMALL_M or kernels_win(dtype))
+def fuses(rows: int, width: int, out: int, dtype: torch.dtype) -> bool:
+    """Whether a layer of this size, without gates, is one call of the kernels each way."""
+    return rows <= SMALL_M or kernels_win(dtype) or rows * width * out <= SMALL_WORK
 
 
 class CpuBackend(EagerBackend):
@@ -64,7 +68,7 @@ class CpuBackend(EagerBackend):
         rng_state: Tensor | None,
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
-        if _fused(x.shape[0], x.dtype, gate, threshold):
+        if gate is None and threshold != DROPS_ALL and fuses(*x.shape, v.shape[0], x.dtype):
             w, b = _as(weight, x.dtype), _as(bias, x.dtype)
             return torch.ops.svdkern._cpu_forward.default(x, w, u, sigma, v, b, scale, core, rng_state, threshold)
         return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
@@ -87,7 +91,8 @@ class CpuBackend(EagerBackend):
         want: Gradients,
     ) -> Gradients:
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
-        if _fused(dy.shape[0], dy.dtype, gate, threshold) and not batched:
+        one_call = gate is None and threshold != DROPS_ALL and fuses(*dy.shape, u.shape[0], dy.dtype)
+        if one_call and not batched:
             mask = (
                 bool(want.x)
                 | bool(want.u) << 1
@@ -167,4 +172,4 @@ class CpuBackend(EagerBackend):
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+    return None if tensor is None else cast(tensor, dtype)

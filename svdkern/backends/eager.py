@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdkern.backends.formula import Backend
+from svdkern.backends.formula import Backend, cast
 from svdkern.backends.philox import drop_, dropped
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ class EagerBackend(Backend):
         if threshold:
             assert rng_state is not None
             a = dropped(a, rng_state, threshold)
-        return torch.mm(a, factor.to(a.dtype))
+        return torch.mm(a, cast(factor, a.dtype))
 
     def linear(
         self,
@@ -40,12 +40,12 @@ class EagerBackend(Backend):
             if bias is not None:
                 y += bias
         elif bias is None:
-            y = torch.mm(a, w.to(a.dtype))
+            y = torch.mm(a, cast(w, a.dtype))
         else:
-            y = torch.addmm(bias.to(a.dtype), a, w.to(a.dtype))
+            y = torch.addmm(cast(bias, a.dtype), a, cast(w, a.dtype))
         if z is None:
             return y
-        z, transposed = z.to(a.dtype), factor.to(a.dtype).t()
+        z, transposed = cast(z, a.dtype), cast(factor, a.dtype).t()
         if not threshold:
             return y.addmm_(z, transposed)
         assert rng_state is not None
@@ -58,4 +58,4 @@ class EagerBackend(Backend):
         # q^T a, not a^T q: the short matrix first is up to twice as fast in the BLAS libraries of CPUs
         if a.is_cuda and a.dtype in _HALF and like.dtype == torch.float32:
             return torch.mm(q.to(a.dtype).t(), a, out_dtype=torch.float32).t()
-        return torch.mm(q.to(a.dtype).t(), a).t().to(like.dtype)
+        return cast(torch.mm(cast(q, a.dtype).t(), a).t(), like.dtype)

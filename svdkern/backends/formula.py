@@ -41,6 +41,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)`` without the call where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def gate_rows(gate: Tensor, index: Tensor | None, rows: int, rank: int) -> Tensor:
     """The gate of every row: (M, r), or (1, r) where all rows share one.
 
@@ -95,7 +100,7 @@ class Backend:
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """``dy^T x`` in weight's dtype: correct, not fast; the weight of an adapter is frozen as a rule."""
-        return torch.mm(dy.t(), x).to(weight.dtype)
+        return cast(torch.mm(dy.t(), x), weight.dtype)
 
     def forward(
         self,
@@ -166,7 +171,7 @@ class Backend:
             dbias = dy.sum(0, dtype=accumulator_dtype(dy.dtype)).to(dy.dtype)
         if want.v or want.sigma or want.scale or want.core or want.gate:
             assert h is not None
-            h = h if p is None else h.to(p.dtype)
+            h = h if p is None else cast(h, p.dtype)
             wide = accumulator_dtype(h.dtype)  # products are summed over all rows: not in half precision
             modulated = _modulated(h, sigma, core, None, None)
             z = modulated if gate is None else modulated * gate_rows(gate.to(h.dtype), index, h.shape[0], h.shape[1])
@@ -174,7 +179,7 @@ class Backend:
                 dv = self.outer(dy, _scaled(z, scale), v, None, 0)
             if want.sigma:
                 assert sigma is not None and t is not None
-                dsigma = (h.to(wide) * t).sum(0).to(sigma.dtype)
+                dsigma = cast((cast(h, wide) * t).sum(0), sigma.dtype)
             if want.core:
                 assert core is not None and t is not None
                 dcore = torch.mm(h.to(wide).t(), t.to(wide)).to(core.dtype)
@@ -192,9 +197,9 @@ def _modulated(
 ) -> Tensor:
     z = h
     if core is not None:
-        z = torch.mm(h, core.to(h.dtype))
+        z = torch.mm(h, cast(core, h.dtype))
     elif sigma is not None:
-        z = h * sigma.to(h.dtype)
+        z = h * cast(sigma, h.dtype)
     if gate is not None:
         z = z * gate_rows(gate.to(h.dtype), index, h.shape[0], h.shape[1])
     return z
@@ -202,10 +207,12 @@ def _modulated(
 
 def _scaled(t: Tensor, scale: Tensor) -> Tensor:
     """``s t``; nothing to do for s = 1, which a scale on the host can tell without waiting for a device."""
-    return t if scale.device.type == "cpu" and scale.item() == 1.0 else t * scale.to(t.dtype)
+    if scale.is_cpu and scale.item() == 1.0:
+        return t
+    return t * cast(scale, t.dtype)
 
 
 def _transposed_modulation(t: Tensor, sigma: Tensor | None, core: Tensor | None) -> Tensor:
     if core is not None:
-        return torch.mm(t, core.to(t.dtype).t())
-    return t if sigma is None else t * sigma.to(t.dtype)
+        return torch.mm(t, cast(core, t.dtype).t())
+    return t if sigma is None else t * cast(sigma, t.dtype)
