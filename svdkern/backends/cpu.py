@@ -68,7 +68,7 @@ class CpuBackend(EagerBackend):
         rng_state: Tensor | None,
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
-        if gate is None and threshold != DROPS_ALL and fuses(*x.shape, v.shape[0], x.dtype):
+        if gate is None and threshold != DROPS_ALL and fuses(x.shape[0], u.shape[0], v.shape[0], x.dtype):
             w, b = _as(weight, x.dtype), _as(bias, x.dtype)
             return torch.ops.svdkern._cpu_forward.default(x, w, u, sigma, v, b, scale, core, rng_state, threshold)
         return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
@@ -91,7 +91,7 @@ class CpuBackend(EagerBackend):
         want: Gradients,
     ) -> Gradients:
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
-        one_call = gate is None and threshold != DROPS_ALL and fuses(*dy.shape, u.shape[0], dy.dtype)
+        one_call = gate is None and threshold != DROPS_ALL and fuses(dy.shape[0], v.shape[0], u.shape[0], dy.dtype)
         if one_call and not batched:
             mask = (
                 bool(want.x)
