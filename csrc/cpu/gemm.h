@@ -2,13 +2,15 @@
 //
 //   h = (D_a*a) E          z = modulate(h)          y = [a z] [w; F^T] + bias = a w + D_y*(z F^T) + bias, one rounding
 //
-// a (M, in), w (in, out), E (in, r), F (out, r). For every block of output columns: w and F^T (and E, once) are packed
-// into panels, shared by all threads; then each block of rows is packed once and stays in L2, E's panels give its h, z
-// is appended to it as more k, and w's panels pass through L1. a is read once and y written once.
+// a (M, in), w (in, out), E (in, r), F (out, r). Up to most_rows_by_columns rows, a is packed once for all threads and
+// each thread packs the columns of w that it owns, a little at a time. Above, w and F^T (and E, once) are packed into
+// panels for all threads, a block of columns at a time, and each thread packs blocks of rows. Either way E's panels
+// give h of the rows just packed, z is appended to them as more k, w's panels pass through L1, and y is written once.
 //
-// Workspace: panels at most `panel_bytes` (one panel of tile_columns where in is larger than that allows), and for each
-// thread a block of packed rows and its fp32 sums, together below 2 MB for in + r <= 16384; kept between calls up to
-// Arena::kept. Sums run over blocks of k whose bounds depend on the shape alone: no bit depends on threads or blocks.
+// Workspace: many rows: panel_bytes of panels (one panel where in is larger than that allows) and for each thread
+// block_bytes of packed rows (one strip likewise) and 0.3 MB of sums. Few rows: packed rows, (M, in + r) in the packed
+// type, and for each thread 0.6 MB of sums and a piece of panels. Kept between calls up to Arena::kept a thread.
+// Sums run over blocks of k whose bounds depend on the shape alone: no bit depends on threads or blocks.
 #pragma once
 
 #include "engine.h"
