@@ -162,6 +162,19 @@ const svdkern::Kernels& kernels() {
   return *(chosen = found);
 }
 
+// What stands between h and z: sigma, core or nothing.
+template <class Params>
+void couple(Params& p, const MaybeTensor& sigma, const MaybeTensor& core, int64_t r) {
+  p.sigma = vector(sigma, "sigma");
+  if (p.sigma.data) expect(p.sigma.size, r, "the size of sigma", "the rank of u");
+  p.core = matrix(core, "core");
+  if (p.core.data) {
+    STD_TORCH_CHECK(!p.sigma.data, "sigma and core exclude each other");
+    expect(p.core.rows, r, "the number of rows of core", "the rank of u");
+    expect(p.core.cols, r, "the number of columns of core", "the rank of u");
+  }
+}
+
 std::tuple<Tensor, Tensor> cpu_forward(const Tensor& x, const MaybeTensor& weight, const Tensor& u,
                                        const MaybeTensor& sigma, const Tensor& v, const MaybeTensor& bias,
                                        const Tensor& scale, const MaybeTensor& core, const MaybeTensor& rng_state,
@@ -180,14 +193,7 @@ std::tuple<Tensor, Tensor> cpu_forward(const Tensor& x, const MaybeTensor& weigh
     expect(p.weight.cols, p.x.cols, "the number of columns of weight", "the width of x");
     expect_type(p.weight.dtype, p.x.dtype, "weight", "x");
   }
-  p.sigma = vector(sigma, "sigma");
-  if (p.sigma.data) expect(p.sigma.size, r, "the size of sigma", "the rank of u");
-  p.core = matrix(core, "core");
-  if (p.core.data) {
-    STD_TORCH_CHECK(!p.sigma.data, "sigma and core exclude each other");
-    expect(p.core.rows, r, "the number of rows of core", "the rank of u");
-    expect(p.core.cols, r, "the number of columns of core", "the rank of u");
-  }
+  couple(p, sigma, core, r);
   p.bias = vector(bias, "bias");
   if (p.bias.data) {
     expect(p.bias.size, n, "the size of bias", "the rows of v");
@@ -223,14 +229,7 @@ std::vector<Tensor> cpu_backward(const Tensor& dy, const MaybeTensor& x, const M
     expect(p.weight.cols, k, "the number of columns of weight", "the rows of u");
     expect_type(p.weight.dtype, p.dy.dtype, "weight", "dy");
   }
-  p.sigma = vector(sigma, "sigma");
-  if (p.sigma.data) expect(p.sigma.size, r, "the size of sigma", "the rank of u");
-  p.core = matrix(core, "core");
-  if (p.core.data) {
-    STD_TORCH_CHECK(!p.sigma.data, "sigma and core exclude each other");
-    expect(p.core.rows, r, "the number of rows of core", "the rank of u");
-    expect(p.core.cols, r, "the number of columns of core", "the rank of u");
-  }
+  couple(p, sigma, core, r);
   STD_TORCH_CHECK(!(mask & wants_sigma) || p.sigma.data, "mask asks for the gradient of sigma, which is None");
   STD_TORCH_CHECK(!(mask & wants_core) || p.core.data, "mask asks for the gradient of core, which is None");
   p.scale = scale_of(scale);

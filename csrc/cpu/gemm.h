@@ -242,20 +242,9 @@ class Fused {
         E::pack_a(from + m * job_.a.row_stride, job_.a.row_stride, here, in_, out);
         continue;
       }
-      for (int64_t i = 0; i < here; ++i) keep_row(from + (m + i) * job_.a.row_stride, drop, m0 + m + i, kept + i * in_);
+      for (int64_t i = 0; i < here; ++i)
+        keep_run(from + (m + i) * job_.a.row_stride, drop, m0 + m + i, 0, in_, kept + i * in_);
       E::pack_a(kept, in_, here, in_, out);
-    }
-  }
-
-  // The elements that D keeps, as they are; its factor follows in fp32.
-  void keep_row(const T* from, const Dropout& drop, int64_t row, T* to) const {
-    for (int64_t l = 0; l < in_; l += mask_columns) {
-      alignas(64) float keep[mask_columns];
-      mask_row(drop, row, l, keep);
-      for (int64_t i = l; i < smaller(l + mask_columns, in_); i += W) {
-        const int64_t n = smaller<int64_t>(W, in_ - i);
-        store(to + i, kept(load(from + i, n), load(keep + i - l)), n);
-      }
     }
   }
 

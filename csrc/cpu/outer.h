@@ -43,7 +43,8 @@ class Outer {
       for (int64_t m = 0; m < a_.rows; m += depth_) {
         const int64_t depth = smaller(depth_, a_.rows - m);
         const T* rows = static_cast<const T*>(a_.data) + m * a_.row_stride + l;
-        if (kept_rows != nullptr) keep(rows, m, depth, l, n, kept_rows, sums_stride);
+        for (int64_t i = 0; i < depth && kept_rows != nullptr; ++i)
+          keep_run(rows + i * a_.row_stride, dropout_, m + i, l, n, kept_rows + i * sums_stride);
         update(sums, sums_stride, m, kept_rows != nullptr ? kept_rows : rows,
                kept_rows != nullptr ? sums_stride : a_.row_stride, depth, n);
       }
@@ -57,18 +58,6 @@ class Outer {
   static constexpr bool bf16_products = EngineOf<T>::Type::per_element == 2;
 
   int64_t ld() const { return round_up(r_, 16); }
-
-  void keep(const T* rows, int64_t m, int64_t depth, int64_t l, int64_t n, T* to, int64_t sums_stride) const {
-    for (int64_t i = 0; i < depth; ++i)
-      for (int64_t c = 0; c < n; c += mask_columns) {
-        alignas(64) float mask[mask_columns];
-        mask_row(dropout_, m + i, l + c, mask);
-        for (int64_t k = 0; k < mask_columns && c + k < n; k += W) {
-          const int64_t wide = smaller<int64_t>(W, n - c - k);
-          store(to + i * sums_stride + c + k, kept(load(rows + i * a_.row_stride + c + k, wide), load(mask + k)), wide);
-        }
-      }
-  }
 
   // Rows m ... m + outer_depth of q as bf16 pairs: [row / 2][j], and for tiles [row / 32][j][row % 32 / 2].
   void pack(int64_t m) {

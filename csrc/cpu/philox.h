@@ -80,5 +80,18 @@ inline F masked(F x, F keep) { return bit_cast<F>(bit_cast<U32>(x * keep) & (U32
 // x where D is not zero, else zero.
 inline F kept(F x, F keep) { return bit_cast<F>(bit_cast<U32>(x) & (U32)(keep != F{})); }
 
+// to[i] = from[i] where D(row, col0 + i) is not zero, for i < n: as it is, so that D's factor may follow in fp32.
+template <class T>
+inline void keep_run(const T* from, const Dropout& d, int64_t row, int64_t col0, int64_t n, T* to) {
+  for (int64_t c = 0; c < n; c += mask_columns) {
+    alignas(64) float keep[mask_columns];
+    mask_row(d, row, col0 + c, keep);
+    for (int64_t i = c; i < smaller(c + mask_columns, n); i += W) {
+      const int64_t wide = smaller<int64_t>(W, n - i);
+      store(to + i, kept(load(from + i, wide), load(keep + i - c)), wide);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace svdkern
