@@ -109,6 +109,8 @@ def interleave(
     max_rounds: int = 200,
     sample_seconds: float = 2e-3,
     warmup: int = 2,
+    settle: int = 0,
+    in_a_row: int = 1,
     clock: Callable[[Callable[[int], object], int, int], float] = cpu_clock,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
@@ -116,7 +118,9 @@ def interleave(
 
     A call gets a running number as its only argument, with which it picks its inputs from a rotation. Calls shorter
     than `sample_seconds` are repeated within a sample, since switching candidates at every call would measure cold
-    instruction caches, not the call. `on_round(done, total)` reports progress.
+    instruction caches, not the call. At its turn a candidate gives `in_a_row` samples after `settle` calls that are not
+    timed: whole training steps hold gigabytes, and the first one after another model's pays for the memory that the
+    allocator gave back in between. `on_round(done, total)` reports progress.
     """
     if not calls:
         return {}
@@ -137,7 +141,7 @@ def interleave(
         if once[name] < sample_seconds:
             once[name] = sample(name, 10)
     repeat = {name: max(1, min(10_000, round(sample_seconds / max(once[name], 1e-9)))) for name in names}
-    round_seconds = sum(once[name] * repeat[name] for name in names)
+    round_seconds = sum(once[name] * (settle + in_a_row * repeat[name]) for name in names)
     rounds = max(min_rounds, min(max_rounds, int(seconds / max(round_seconds, 1e-9))))
 
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -147,7 +151,9 @@ def interleave(
             break  # the machine has become busier than it was when the rounds were counted
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
-            samples[name].append(sample(name, repeat[name]))
+            for _ in range(settle):
+                sample(name, 1)
+            samples[name].extend(sample(name, repeat[name]) for _ in range(in_a_row))
         if on_round is not None:
             on_round(done + 1, rounds)
     return {name: Timing.of(values) for name, values in samples.items()}

@@ -10,8 +10,9 @@ Providers, all in one dtype, all with AdamW and its step included:
     peft_default   PEFT LoRA as it comes (factors raised to fp32)
     peft_bf16      PEFT LoRA with factors in the base's dtype (autocast_adapter_dtype=False)
 
-Step times are taken in turn in one process (medians); peak memory in one process each, because the peak of a process
-only grows. Writes one JSON line a provider. A provider that fails, or would take too long, is a line with the reason.
+Step times (medians) are taken in turn in one process, a few steps in a row each; peak memory in one process each,
+because the peak of a process only grows. Writes one JSON line a provider. A provider that fails, or would take too
+long, is a line with the reason.
 """
 
 from __future__ import annotations
@@ -220,6 +221,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             seconds=seconds,
             min_rounds=3,
             max_rounds=15,
+            settle=1,
+            in_a_row=3,
             clock=harness.cuda_clock if device.type == "cuda" else harness.cpu_clock,
             on_round=on_round,
         )

@@ -46,7 +46,8 @@ def readable(summary: dict[str, Any], out: Path) -> str:
     """The summary as a person reads it."""
     s = summary
     speed = f"{s['steps']} steps of {s['tokens']} tokens, {s['tokens_per_second']:.0f} tokens/s"
-    merged = f"{s['merge_max_abs_diff']:.3g} at most; they reach {s['logits_max_abs']:.3g}"
+    merged = f"{s['merge_max_abs_diff']:.3g} at most ({s['merge_max_abs_diff_fp32']:.2g} in fp32)"
+    merged += f"; they reach {s['logits_max_abs']:.3g}"
     lines = [
         "",
         f"SmolLM2-135M in {s['dtype']} ({s['dtype_reason']})",

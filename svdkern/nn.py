@@ -202,7 +202,10 @@ class SVDLinear(nn.Module):
         self.training = linear.training
         fingerprint = None
         if config.changes_residual:
-            initial = initial or Initial(factors.u.clone(), _clone(factors.sigma), factors.v.clone(), scale)
+            if initial is None:
+                start = config.start_dtype(weight.dtype, factors.u.dtype)
+                sigma = None if factors.sigma is None else factors.sigma.to(start, copy=True)
+                initial = Initial(factors.u.to(start, copy=True), sigma, factors.v.to(start, copy=True), scale)
             fingerprint = torch.zeros(2, 32, dtype=torch.uint8, device=weight.device)
         self.residual = nn.Parameter(weight, requires_grad=False)
         for name, factor in factors._asdict().items():
@@ -389,10 +392,6 @@ class SVDLinear(nn.Module):
             f"bias={self.bias is not None}, method={self.method!r}, scale={float(self.scale):g}, "
             f"dropout_p={self.dropout_p:g}" + (", merged=True" if self.merged else "")
         )
-
-
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
 
 
 def _bytes(digest: bytes) -> Tensor:

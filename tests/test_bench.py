@@ -76,6 +76,15 @@ def test_interleave_runs_everyone_in_every_round_and_rotates_the_order() -> None
     assert [first for name, first, _ in clock.order if name == "a"] == [0, 1, 2, 3]
 
 
+def test_interleave_lets_a_call_settle_before_its_samples() -> None:
+    clock = FakeClock({"a": 0.1, "b": 0.1})
+    calls = {name: (lambda i, name=name: name) for name in "ab"}
+    timings = harness.interleave(calls, seconds=1.6, min_rounds=1, warmup=1, settle=1, in_a_row=3, clock=clock)
+    assert [name for name, _, _ in clock.order][2:] == list("aaaabbbb" + "bbbbaaaa")
+    assert [first for name, first, _ in clock.order if name == "a"] == list(range(9))
+    assert {name: timing.n for name, timing in timings.items()} == {"a": 6, "b": 6}
+
+
 def test_interleave_repeats_short_calls_within_a_sample() -> None:
     clock = FakeClock({"a": 1e-5})
     harness.interleave({"a": lambda i: "a"}, seconds=0.01, sample_seconds=1e-3, min_rounds=1, clock=clock)

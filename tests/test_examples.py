@@ -127,6 +127,7 @@ def test_report_and_plot_show_what_was_skipped(tmp_path: Path) -> None:
         "perplexity_after": 12.0,
         "reload_max_abs_diff": 0.0,
         "merge_max_abs_diff": 0.5,
+        "merge_max_abs_diff_fp32": 0.0001,
         "logits_max_abs": 40.0,
         "step_seconds": numbers,
         "step_ratio_to_frozen": numbers,

@@ -49,6 +49,31 @@ def test_pissa_splits_the_leading_part_into_square_roots() -> None:
     assert factors.sigma is None and factors.core is None
 
 
+@pytest.mark.parametrize(
+    ("weight_dtype", "adapter_dtype", "start"),
+    [
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float16, torch.float16),
+    ],
+    ids=str,
+)
+def test_pissa_starts_on_values_that_the_weights_dtype_has(
+    weight_dtype: torch.dtype, adapter_dtype: torch.dtype, start: torch.dtype
+) -> None:
+    linear = nn.Linear(24, 16, bias=False).to(weight_dtype)
+    layer = SVDLinear.from_linear(linear, 4, "pissa", adapter_dtype=adapter_dtype)
+    initial = layer.initial
+    assert initial is not None
+    for trained, kept in ((layer.u, initial.u), (layer.v, initial.v)):
+        assert (trained.dtype, kept.dtype) == (adapter_dtype, start)
+        assert torch.equal(trained.detach().double(), kept.double())
+        assert kept.data_ptr() != trained.data_ptr()
+
+
 def test_sorsa_keeps_sigma_apart_and_does_not_divide_it() -> None:
     weight = _weight()
     factors, _ = SORSA().init(weight, 6, 2.0)

@@ -56,6 +56,10 @@ class Method:
         """Initial factors for a weight (N, K), rounded to ``dtype``."""
         raise NotImplementedError
 
+    def start_dtype(self, weight_dtype: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that holds the initial factors exactly: that of the factors, or a narrower one to which they are rounded."""
+        return dtype
+
     def empty_factors(self, weight: Tensor, rank: int, dtype: torch.dtype) -> Factors:
         """Uninitialised factors of the right shapes, on weight's device."""
         n, k = weight.shape

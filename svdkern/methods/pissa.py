@@ -3,8 +3,10 @@
     U = Q sqrt(S/s), V = P sqrt(S/s)  (r leading triplets of the stored weight P diag(S) Q^T)          W_res = W - s V
     U^T y = x W_res + s (x U) V^T          trains U, V: r (K + N) numbers
 
-The residual is computed from the factors after they are rounded to their dtype, so that the layer starts as the weight
-(the usual implementation subtracts first and rounds afterwards).
+The residual is computed from the factors after they are rounded, so that the layer starts as the weight (the usual
+implementation subtracts first and rounds afterwards). They are rounded to the weight's dtype where the factors' dtype holds
+it: the residual takes up the difference, a product in that dtype then starts without rounding them, and the copy of the
+initial factors that every layer keeps has half the size under float32 factors of a bfloat16 weight.
 """
 
 from __future__ import annotations
@@ -40,5 +42,8 @@ class PiSSA(Method):
 
     def factors(self, weight: Tensor, rank: int, scale: float, dtype: torch.dtype) -> Factors:
         u, s, v = linalg.factors(weight.detach(), rank)
-        root = (s / scale).sqrt()
-        return Factors((u * root).to(dtype), None, None, (v * root).to(dtype))
+        root, start = (s / scale).sqrt(), self.start_dtype(weight.dtype, dtype)
+        return Factors((u * root).to(start).to(dtype), None, None, (v * root).to(start).to(dtype))
+
+    def start_dtype(self, weight_dtype: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        return weight_dtype if torch.promote_types(weight_dtype, dtype) == dtype else dtype
