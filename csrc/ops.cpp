@@ -28,7 +28,8 @@ using MaybeTensor = std::optional<Tensor>;
 // What one look at a tensor costs is several calls into libtorch: done once for each.
 struct View {
   const void* data = nullptr;
-  int64_t dim = 0, size[2] = {1, 1}, stride[2] = {0, 0};
+  const int64_t *size = nullptr, *stride = nullptr;
+  int64_t dim = 0;
   DType dtype = DType::f32;
 };
 
@@ -53,7 +54,7 @@ View look(const Tensor& tensor, const char* name, int64_t dim, bool allow_f64 = 
   int64_t *sizes = nullptr, *strides = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
-  for (int64_t i = 0; i < dim; ++i) view.size[i] = sizes[i], view.stride[i] = strides[i];
+  view.size = sizes, view.stride = strides;
   view.data = tensor.const_data_ptr();
   return view;
 }
@@ -75,12 +76,31 @@ Vector vector(const MaybeTensor& t, const char* name) {
   return {present(v.data), v.size[0], v.stride[0], v.dtype};
 }
 
-// Rows of activations are read as runs: a copy where they are not. `keep` owns it.
+// Activations (..., L) as rows of runs, `data == nullptr` where their strides do not allow it.
+Matrix as_rows(const Tensor& t, const char* name) {
+  const int64_t dim = t.dim();
+  STD_TORCH_CHECK(dim >= 1, name, " has 0 dimensions, expected (..., width)");
+  const View view = look(t, name, dim);
+  const int64_t width = view.size[dim - 1];
+  Matrix m{present(view.data), 1, width, width, 1, view.dtype};
+  bool foldable = width <= 1 || view.stride[dim - 1] == 1;
+  for (int64_t i = dim - 2; i >= 0; --i) {
+    if (view.size[i] != 1) {
+      if (m.rows == 1) m.row_stride = view.stride[i];
+      foldable = foldable && view.stride[i] == m.rows * m.row_stride;
+    }
+    m.rows *= view.size[i];
+  }
+  if (!foldable && m.rows * m.cols != 0) m.data = nullptr;
+  return m;
+}
+
+// The same of a copy where it must be; `keep` owns that.
 Matrix runs(const Tensor& t, const char* name, MaybeTensor& keep) {
-  Matrix m = matrix(t, name);
-  if (m.col_stride == 1 || m.cols <= 1) return m.col_stride = 1, m;
+  const Matrix m = as_rows(t, name);
+  if (m.data) return m;
   keep = torch::stable::contiguous(t);
-  return matrix(*keep, name);
+  return as_rows(*keep, name);
 }
 
 // A weight is streamed along its unit stride: a copy where it has none.
@@ -118,10 +138,10 @@ float scale_of(const Tensor& scale) {
   return *static_cast<const float*>(scale.const_data_ptr());
 }
 
-Tensor empty(DType dtype, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
+Tensor empty(DType dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                         strides.begin(), code_of(dtype), aoti_torch_device_type_cpu(),
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), code_of(dtype), aoti_torch_device_type_cpu(),
                                                          0, &handle));
   return Tensor(handle);
 }
@@ -131,6 +151,19 @@ Tensor empty_matrix(DType dtype, int64_t rows, int64_t cols, bool column_major, 
   const int64_t row_stride = column_major ? 1 : cols, col_stride = column_major ? rows : 1;
   Tensor t = empty(dtype, {rows, cols}, {row_stride, col_stride});
   view = {const_cast<void*>(present(t.mutable_data_ptr())), rows, cols, row_stride, col_stride, dtype};
+  return t;
+}
+
+// New activations (..., cols) with the leading sizes of `like`, and the kernels' view of them as rows.
+Tensor empty_like_rows(const Tensor& like, const Matrix& rows, int64_t cols, MutableMatrix& view) {
+  int64_t* sizes = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(like.get(), &sizes));
+  const int64_t dim = like.dim();
+  std::vector<int64_t> size(sizes, sizes + dim), stride(dim, 1);
+  size[dim - 1] = cols;
+  for (int64_t i = dim - 2; i >= 0; --i) stride[i] = stride[i + 1] * (size[i + 1] > 1 ? size[i + 1] : 1);
+  Tensor t = empty(rows.dtype, size, stride);
+  view = {const_cast<void*>(present(t.mutable_data_ptr())), rows.rows, cols, cols, 1, rows.dtype};
   return t;
 }
 
@@ -184,7 +217,7 @@ std::tuple<Tensor, Tensor> cpu_forward(const Tensor& x, const MaybeTensor& weigh
   p.x = runs(x, "x", keep_x);
   p.u = matrix(u, "u");
   p.v = matrix(v, "v");
-  const int64_t rows = p.x.rows, n = p.v.rows, r = p.u.cols;
+  const int64_t n = p.v.rows, r = p.u.cols;
   expect(p.u.rows, p.x.cols, "the number of rows of u", "the width of x");
   expect(p.v.cols, r, "the number of columns of v", "the rank of u");
   if (weight.has_value()) {
@@ -202,7 +235,7 @@ std::tuple<Tensor, Tensor> cpu_forward(const Tensor& x, const MaybeTensor& weigh
   p.scale = scale_of(scale);
   p.dropout = dropout(rng_state, threshold);
   MutableMatrix h_view;
-  Tensor y = empty_matrix(p.x.dtype, rows, n, false, p.y), h = empty_matrix(DType::f32, rows, r, false, h_view);
+  Tensor y = empty_like_rows(x, p.x, n, p.y), h = empty_matrix(DType::f32, p.x.rows, r, false, h_view);
   p.h = static_cast<float*>(h_view.data);
   p.parallel_for = parallel_for, p.threads = torch::stable::get_num_threads();
   kernels().forward(p);
@@ -250,7 +283,7 @@ std::vector<Tensor> cpu_backward(const Tensor& dy, const MaybeTensor& x, const M
   }
   std::vector<Tensor> gradients;
   gradients.reserve(7);
-  if (mask & wants_x) gradients.push_back(empty_matrix(p.dy.dtype, rows, k, false, p.dx));
+  if (mask & wants_x) gradients.push_back(empty_like_rows(dy, p.dy, k, p.dx));
   if (mask & wants_u) gradients.push_back(empty_matrix(p.u.dtype, k, r, column_major(p.u), p.du));
   const auto add_vector = [&](DType dtype, int64_t size, MutableVector& view) {
     Tensor t = empty(dtype, {size}, {1});

@@ -17,14 +17,12 @@ as it is.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from svdkern import ops
-from svdkern.backends.formula import Backend, Gradients
+from svdkern.backends.formula import Gradients
+from svdkern.linalg.precision import without_autocast
 
 _ONCE = (
     "svd_linear is differentiable once: its backward is one fused operation that has no derivative of its own. "
@@ -46,16 +44,12 @@ def autocast_is_on(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _without_autocast(device: str) -> Any:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
 class SVDLinearFunction(torch.autograd.Function):
-    """apply(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate) -> y."""
+    """apply(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate) -> y. Autocast is off."""
 
     @staticmethod
     def forward(ctx, backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate):
-        y, h = run_forward(backend, x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
+        y, h = backend.forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         want = Gradients._make(ctx.needs_input_grad[4:])
         kept_x, kept_weight, kept_h = _saved(want, x, weight, h)
         ctx.save_for_backward(kept_x, kept_weight, u, sigma, v, scale, core, gate, index, kept_h, rng_state)
@@ -68,17 +62,15 @@ class SVDLinearFunction(torch.autograd.Function):
         x, weight, u, sigma, v, scale, core, gate, index, h, rng_state = ctx.saved_tensors
         twice = torch.is_grad_enabled()
         if twice or autocast_is_on(dy.device.type):
-            with torch.no_grad(), _without_autocast(dy.device.type):
-                gradients = backend.backward(
+            with torch.no_grad(), without_autocast(dy.device):
+                found = backend.backward(
                     dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want
                 )
-            if twice:
-                gradients = _not_twice(gradients)
         else:
-            gradients = backend.backward(
+            found = backend.backward(
                 dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want
             )
-        return None, None, None, None, *gradients
+        return None, None, None, None, *(_not_twice(found) if twice else found)
 
 
 def _not_twice(gradients: Gradients) -> tuple[Tensor | None, ...]:
@@ -86,28 +78,6 @@ def _not_twice(gradients: Gradients) -> tuple[Tensor | None, ...]:
     present = [g.detach().requires_grad_() for g in gradients if isinstance(g, Tensor)]
     refused = iter(torch._C._functions.DelayedError(_ONCE, len(present))(*present)) if present else iter(())
     return tuple(next(refused) if isinstance(g, Tensor) else None for g in gradients)
-
-
-def run_forward(
-    backend: Backend,
-    x: Tensor,
-    weight: Tensor | None,
-    u: Tensor,
-    sigma: Tensor | None,
-    v: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    core: Tensor | None,
-    gate: Tensor | None,
-    index: Tensor | None,
-    rng_state: Tensor | None,
-    threshold: int,
-) -> tuple[Tensor, Tensor]:
-    """The backend's forward with autocast off: the dtypes are decided before, once."""
-    if autocast_is_on(x.device.type):
-        with _without_autocast(x.device.type):
-            return backend.forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
-    return backend.forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
 
 
 class OperatorFunction(torch.autograd.Function):

@@ -5,16 +5,16 @@ Layer: above ``autograd`` and ``backends``, below ``nn``.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from svdkern.autograd import OperatorFunction, SVDLinearFunction, autocast_is_on, run_forward
+from svdkern.autograd import OperatorFunction, SVDLinearFunction, autocast_is_on
 from svdkern.backends.dispatch import choose, strict
 from svdkern.backends.philox import threshold_of
+from svdkern.linalg.precision import without_autocast
 
 Gate = Tensor | tuple[Tensor, Tensor]
 
@@ -76,9 +76,6 @@ def svd_linear(
         ValueError: shapes, devices or values that do not fit; the message names both.
     """
     _check(x, weight, u, sigma, v, bias, core)
-    shape = x.shape
-    if autocast_is_on(x.device.type):
-        x, weight, bias = _autocast(x, weight, bias)
     if type(scale) is float:
         scale = torch.tensor(scale, dtype=torch.float32, device="cpu")
     else:
@@ -89,11 +86,35 @@ def svd_linear(
         threshold, rng_state = _dropout(x, dropout_p, rng_state)
     else:
         rng_state = None
-    if x.dim() != 2:
-        x = x.reshape(math.prod(shape[:-1]), shape[-1])
+    if autocast_is_on(x.device.type):
+        x, weight, bias = _autocast(x, weight, bias)
+        with without_autocast(x.device):  # the dtypes are decided, once
+            return _call(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate_values)
+    return _call(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate_values)
+
+
+def _call(
+    name: str | None,
+    index: Tensor | None,
+    rng_state: Tensor | None,
+    threshold: int,
+    x: Tensor,
+    weight: Tensor | None,
+    u: Tensor,
+    sigma: Tensor | None,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    core: Tensor | None,
+    gate: Tensor | None,
+) -> Tensor:
+    """The call with or without a graph, through the operators where a compiler or a transform looks on."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        y = _by_operators(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate_values)
-    elif torch.is_grad_enabled() and (
+        y, _ = OperatorFunction.apply(
+            name or "", index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate
+        )
+        return y
+    if torch.is_grad_enabled() and (
         x.requires_grad
         or u.requires_grad
         or v.requires_grad
@@ -101,25 +122,15 @@ def svd_linear(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (core is not None and core.requires_grad)
-        or (gate_values is not None and gate_values.requires_grad)
+        or (gate is not None and gate.requires_grad)
         or scale.requires_grad
     ):
-        y = SVDLinearFunction.apply(
-            choose(x, backend), index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate_values
+        return SVDLinearFunction.apply(
+            choose(x, name), index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate
         )
-    else:
-        # a forward-mode derivative passes through PyTorch's operators, not through ours
-        name = backend if forward_ad._current_level < 0 else "eager"
-        y, _ = run_forward(
-            choose(x, name), x, weight, u, sigma, v, bias, scale, core, gate_values, index, rng_state, threshold
-        )
-    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
-
-
-def _by_operators(
-    backend: str | None, index: Tensor | None, rng_state: Tensor | None, threshold: int, *tensors: Tensor | None
-) -> Tensor:
-    y, _ = OperatorFunction.apply(backend or "", index, rng_state, threshold, *tensors)
+    # a forward-mode derivative passes through PyTorch's operators, not through ours
+    backend = choose(x, name if forward_ad._current_level < 0 else "eager")
+    y, _ = backend.forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
     return y
 
 
@@ -143,10 +154,11 @@ def _check(
     bias: Tensor | None,
     core: Tensor | None,
 ) -> None:
-    for name, tensor in (
-        ("x", x), ("u", u), ("v", v), ("weight", weight), ("sigma", sigma), ("bias", bias), ("core", core),
-    ):  # fmt: skip
+    for name, tensor in (("x", x), ("u", u), ("v", v)):
         _check_tensor(name, tensor, x)
+    for name, optional in (("weight", weight), ("sigma", sigma), ("bias", bias), ("core", core)):
+        if optional is not None:
+            _check_tensor(name, optional, x)
     shape = x.shape
     if u.dim() != 2 or v.dim() != 2:
         raise ValueError(f"u and v must be matrices (K, r) and (N, r), got u {_of(u)} and v {_of(v)}")
@@ -175,8 +187,6 @@ def _check(
 
 
 def _check_tensor(name: str, tensor: Any, x: Any) -> None:
-    if tensor is None and name not in ("x", "u", "v"):
-        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
     if tensor.dtype not in _FLOATS:

@@ -6,12 +6,14 @@
         -> gradients
 
 They call the same backend objects as the eager path and exist because a compiler needs an opaque call with a schema and a
-shape rule. **A raw operator is not differentiable**: ``svdkern.svd_linear`` is. ``x`` is (M, K); ``h`` is (M, r) in the
+shape rule. **A raw operator is not differentiable**: ``svdkern.svd_linear`` is. ``x`` is (..., K); ``h`` is (M, r) in the
 accumulator dtype; ``backend`` is a name or "" for the automatic choice; ``want`` has the nine flags of
 ``svdkern.backends.formula.Gradients`` and the result has the gradients asked for, in that order.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -56,12 +58,12 @@ def _like(found: Tensor, like: Tensor) -> Tensor:
 
 
 def _forward_fake(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):
-    h = x.new_empty(x.shape[0], u.shape[1], dtype=accumulator_dtype(x.dtype))
-    return x.new_empty(x.shape[0], v.shape[0]), h
+    h = x.new_empty(math.prod(x.shape[:-1]), u.shape[1], dtype=accumulator_dtype(x.dtype))
+    return x.new_empty(*x.shape[:-1], v.shape[0]), h
 
 
 def _backward_fake(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want):
-    dx_and_bias = (dy.new_empty(dy.shape[0], u.shape[0]), dy.new_empty(v.shape[0]))
+    dx_and_bias = (dy.new_empty(*dy.shape[:-1], u.shape[0]), dy.new_empty(v.shape[0]))
     like = Gradients(dx_and_bias[0], weight, u, sigma, v, dx_and_bias[1], scale, core, gate)
     return [torch.empty_like(tensor) for tensor, wanted in zip(like, want, strict=True) if wanted]
 

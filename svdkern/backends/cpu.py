@@ -9,12 +9,13 @@ formula's steps are calls.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from svdkern.backends.eager import EagerBackend
-from svdkern.backends.formula import Gradients, cast
+from svdkern.backends.formula import Gradients, as_rows, cast
 from svdkern.backends.philox import DROPS_ALL
 
 SMALL_M = 32
@@ -68,7 +69,8 @@ class CpuBackend(EagerBackend):
         rng_state: Tensor | None,
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
-        if gate is None and threshold != DROPS_ALL and fuses(x.shape[0], u.shape[0], v.shape[0], x.dtype):
+        rows = math.prod(x.shape[:-1])
+        if gate is None and threshold != DROPS_ALL and fuses(rows, u.shape[0], v.shape[0], x.dtype):
             w, b = _as(weight, x.dtype), _as(bias, x.dtype)
             return torch.ops.svdkern._cpu_forward.default(x, w, u, sigma, v, b, scale, core, rng_state, threshold)
         return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
@@ -91,7 +93,8 @@ class CpuBackend(EagerBackend):
         want: Gradients,
     ) -> Gradients:
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
-        one_call = gate is None and threshold != DROPS_ALL and fuses(dy.shape[0], v.shape[0], u.shape[0], dy.dtype)
+        rows = math.prod(dy.shape[:-1])
+        one_call = gate is None and threshold != DROPS_ALL and fuses(rows, v.shape[0], u.shape[0], dy.dtype)
         if one_call and not batched:
             mask = (
                 bool(want.x)
@@ -121,7 +124,7 @@ class CpuBackend(EagerBackend):
             dweight = None
             if want.weight:
                 assert x is not None and weight is not None
-                dweight = self.weight_gradient(dy, x, weight)
+                dweight = self.weight_gradient(as_rows(dy), as_rows(x), weight)
             return Gradients(
                 x=next(found) if want.x else None,
                 weight=dweight,

@@ -7,13 +7,15 @@
 
 (D: dropout mask, 1 without dropout; g: gate, 1 without gates; ``W`` is (in, out), that is ``weight.t()``.)
 
-A backend is an object with ``forward`` and ``backward``. It gets both by implementing the primitives ``shrink``, ``linear``
-and ``outer``; it may override the two as a whole where it can fuse more. Everything here runs outside autograd, on 2-D
-matrices that the public functions have checked; no argument is ever written to.
+A backend is an object with ``forward`` and ``backward``, which take x (..., K) and dy (..., N) of any leading shape. It gets
+both by implementing the primitives ``shrink``, ``linear`` and ``outer`` on matrices; it may override the two as a whole where
+it can fuse more. Everything here runs outside autograd, on tensors that the public functions have checked; no argument is
+ever written to.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +46,16 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)`` without the call where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., L) as a matrix (M, L)."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def as_shaped(y: Tensor, like: Tensor) -> Tensor:
+    """y (M, L) with the leading shape of ``like``."""
+    return y if like.dim() == 2 else y.view(*like.shape[:-1], y.shape[1])
 
 
 def gate_rows(gate: Tensor, index: Tensor | None, rows: int, rank: int) -> Tensor:
@@ -117,14 +129,14 @@ class Backend:
         rng_state: Tensor | None,
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
-        """(y, h): y (M, N) in x's dtype; h (M, r), kept for the backward, in shrink's dtype."""
-        w = None if weight is None else weight.t()
+        """(y, h): y (..., N) in x's dtype; h (M, r), kept for the backward, in shrink's dtype."""
+        a, w = as_rows(x), None if weight is None else weight.t()
         if threshold == DROPS_ALL:
-            h = x.new_zeros(x.shape[0], u.shape[1], dtype=accumulator_dtype(x.dtype))
-            return self.linear(x, w, None, v, bias, None, 0), h
-        h = self.shrink(x, u, rng_state, threshold)
+            h = a.new_zeros(a.shape[0], u.shape[1], dtype=accumulator_dtype(a.dtype))
+            return as_shaped(self.linear(a, w, None, v, bias, None, 0), x), h
+        h = self.shrink(a, u, rng_state, threshold)
         z = _scaled(_modulated(h, sigma, core, gate, index), scale)
-        return self.linear(x, w, z, v, bias, None, 0), h
+        return as_shaped(self.linear(a, w, z, v, bias, None, 0), x), h
 
     def backward(
         self,
@@ -149,6 +161,7 @@ class Backend:
         t: Tensor | None = None
         q: Tensor | None = None
         branch_q: Tensor | None = None  # what reaches dx: nothing where everything is dropped
+        like, dy, x = dy, as_rows(dy), None if x is None else as_rows(x)
         if threshold == DROPS_ALL:
             p = t = q = dy.new_zeros(dy.shape[0], u.shape[1], dtype=accumulator_dtype(dy.dtype))
             rng_state, threshold = None, 0
@@ -160,7 +173,7 @@ class Backend:
                     t = t * gate_rows(gate.to(p.dtype), index, dy.shape[0], v.shape[1])
                 q = branch_q = _transposed_modulation(t, sigma, core)
         if want.x:
-            dx = self.linear(dy, weight, branch_q, u, None, rng_state, threshold)
+            dx = as_shaped(self.linear(dy, weight, branch_q, u, None, rng_state, threshold), like)
         if want.weight:
             assert x is not None and weight is not None
             dweight = self.weight_gradient(dy, x, weight)

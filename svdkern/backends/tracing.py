@@ -5,6 +5,7 @@ Only needed where a call meets the C++ operators directly: fake tensors outside 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +33,12 @@ def one_call_an_example(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forward(x, weight, u, sigma, v, bias, scale, core, rng_state, threshold):
-    return x.new_empty(x.shape[0], v.shape[0]), x.new_empty(x.shape[0], u.shape[1], dtype=torch.float32)
+    h = x.new_empty(math.prod(x.shape[:-1]), u.shape[1], dtype=torch.float32)
+    return x.new_empty(*x.shape[:-1], v.shape[0]), h
 
 
 def _backward(dy, x, weight, u, sigma, v, scale, core, h, rng_state, threshold, mask):
-    dx, dbias = dy.new_empty(dy.shape[0], u.shape[0]), dy.new_empty(v.shape[0])
+    dx, dbias = dy.new_empty(*dy.shape[:-1], u.shape[0]), dy.new_empty(v.shape[0])
     outputs = (dx, u, sigma, v, dbias, scale, core)
     return [torch.empty_like(output) for bit, output in enumerate(outputs) if mask >> bit & 1]
 

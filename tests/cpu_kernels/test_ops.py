@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -209,6 +210,37 @@ def test_rows_and_columns_far_apart() -> None:
     assert torch.equal(_frozen(x, far.t()), _frozen(x, far.contiguous().t()))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(12),
+        lambda: torch.randn(2, 3, 4, 12),
+        lambda: torch.randn(2, 3, 4, 20)[..., 5:17],
+        lambda: torch.randn(4, 3, 2, 12)[:, :, 1],
+        lambda: torch.randn(3, 2, 12).transpose(0, 1),
+        lambda: torch.randn(12, 2, 3).permute(1, 2, 0),
+        lambda: torch.randn(1, 3, 12).expand(2, 3, 12),
+        lambda: torch.randn(12).expand(2, 3, 12),
+        lambda: torch.randn(2, 1, 3, 12).as_strided((2, 1, 3, 12), (36, 7, 12, 1)),
+        lambda: torch.randn(2, 0, 12),
+        lambda: torch.randn(6, 24)[::2, ::2].unflatten(0, (3, 1)),
+    ],
+)
+def test_any_leading_shape_and_stride_is_rows(make: Callable[[], Tensor]) -> None:
+    torch.manual_seed(0)
+    x, w, u, v, s = make(), torch.randn(5, 12), torch.randn(12, 3), torch.randn(5, 3), torch.tensor(0.5)
+    rows, lead = x.reshape(-1, 12).clone() if x.numel() else x.new_zeros(0, 12), x.shape[:-1]
+    y, h = OPS._cpu_forward(x, w, u, None, v, None, s, None, None, 0)
+    wanted_y, wanted_h = OPS._cpu_forward(rows, w, u, None, v, None, s, None, None, 0)
+    assert y.shape == (*lead, 5) and y.is_contiguous() and torch.equal(y.reshape(wanted_y.shape), wanted_y)
+    assert torch.equal(h, wanted_h)
+    found = OPS._cpu_backward(y, x, w, u, None, v, s, None, h, None, 0, 0b0111011)
+    wanted = OPS._cpu_backward(wanted_y, rows, w, u, None, v, s, None, h, None, 0, 0b0111011)
+    assert found[0].shape == x.shape and found[0].is_contiguous()
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a.reshape(b.shape), b)
+
+
 def test_inputs_are_left_alone() -> None:
     tensors = [torch.randn(4, 64), torch.randn(32, 64), torch.randn(64, 4), torch.randn(4), torch.randn(32, 4)]
     before, versions = [t.clone() for t in tensors], [t._version for t in tensors]
@@ -239,7 +271,8 @@ def test_refusals_name_the_value() -> None:
     refused("exclude each other", core=torch.randn(3, 3), sigma=torch.randn(3))
     refused("weight must have the dtype of x", weight=w.bfloat16())
     refused("u has a dtype without kernels", u=u.double())
-    refused("x has 3 dimensions, expected 2", x=x[None])
+    refused("x has 0 dimensions", x=torch.tensor(1.0))
+    refused("u has 3 dimensions, expected 2", u=u[None])
     refused("threshold is 65536", threshold=65536, rng_state=RNG_STATE)
     refused("rng_state is None", threshold=1)
     refused("rng_state must be", threshold=1, rng_state=torch.tensor([1]))
