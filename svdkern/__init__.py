@@ -2,6 +2,7 @@
 
 svd_linear                    the function
 SVDLinear                     the module, a drop-in for ``nn.Linear``
+linear, Linear                the same kernels for a layer without an adapter
 adapt                         puts SVDLinear into a model, by method and rank
 merge, unmerge                folds the adapters into the weights, and back to the same bits
 save_adapter, load_adapter    the adapter as a directory; loading rebuilds the same bits, without an SVD
@@ -11,6 +12,7 @@ linalg                        factors of a weight, exact residuals
 
 from svdkern import linalg
 from svdkern.checkpoint import load_adapter, save_adapter
+from svdkern.frozen import Linear, linear
 from svdkern.functional import svd_linear
 from svdkern.model import adapt, merge, regularization, unmerge
 from svdkern.nn import SVDLinear
@@ -18,10 +20,12 @@ from svdkern.nn import SVDLinear
 __version__ = "0.1.0"
 
 __all__ = [
+    "Linear",
     "SVDLinear",
     "__version__",
     "adapt",
     "linalg",
+    "linear",
     "load_adapter",
     "merge",
     "regularization",

@@ -39,6 +39,7 @@ from svdkern.adapter_file import (
 )
 from svdkern.directory import replace_directory
 from svdkern.fingerprint import sha256
+from svdkern.frozen import use_kernels
 from svdkern.initialisation import check_linear
 from svdkern.methods import Factors
 from svdkern.model import Replacement, adapted_layers, replace, signals_held_back, with_progress
@@ -101,7 +102,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     replace_directory(Path(path), build, (TENSORS, CONFIG))
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | None = None) -> AdaptReport:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, frozen_linears: bool = False, progress: bool | None = None
+) -> AdaptReport:
     """Put a saved adapter on a fresh base model, or its factors into a model that is adapted in the same way already.
 
     Everything is verified before anything is changed: the files against each other, every key, shape and dtype, the
@@ -112,7 +115,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
         model: the model that the adapter was made on, unadapted, in the dtype that it was adapted in (cast it
             afterwards); or adapted with the same method and ranks from the same initial factors.
         path: directory written by ``save_adapter``.
-        progress: as in ``svdkern.adapt``.
+        frozen_linears, progress: as in ``svdkern.adapt``.
 
     Returns:
         The report, as ``adapt`` gives it. On a fresh model everything but the factors is frozen, as ``adapt`` does.
@@ -157,6 +160,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
             replace(model, prepared)
         for name, layer in refreshed.items():
             _refresh(layer, file, name)
+        if frozen_linears:
+            use_kernels(model)
     return report_on(
         model, {name: layer for name, layer in adapted_layers(model) if name in file.rows or name in file.tied_modules}
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svdkern.fingerprint import sha256
+from svdkern.frozen import Linear
 from svdkern.methods import Factors, Method
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,7 +62,7 @@ def check_linear(
         if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers"):
             raise TypeError("transformers' Conv1D (a linear layer with a transposed weight) is not supported yet")
         raise TypeError(f"is of type {kind.__name__}, expected nn.Linear")
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+    if type(linear).forward not in (nn.Linear.forward, Linear.forward) or "forward" in vars(linear):
         raise TypeError(f"{type(linear).__name__} has a forward of its own, which an SVDLinear would not call")
     weight = linear.weight
     if type(weight) not in (nn.Parameter, Tensor):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from svdkern.frozen import use_kernels
 from svdkern.initialisation import check_linear, initial_factors, rehearse, scale_of
 from svdkern.methods import Method, method_named
 from svdkern.nn import SVDLinear
@@ -56,6 +57,7 @@ def adapt(
     dropout_p: float = 0.0,
     adapter_dtype: torch.dtype = torch.float32,
     exclude_modules: Patterns | None = None,
+    frozen_linears: bool = False,
     progress: bool | None = None,
 ) -> AdaptReport:
     """Replace linear layers of ``model`` by ``SVDLinear`` and freeze everything but their factors.
@@ -81,6 +83,9 @@ def adapt(
         dropout_p: dropout on the adapter branches' input while training.
         adapter_dtype: dtype of the factors; float32 masters under a bfloat16 model are fast here.
         exclude_modules: names or a regular expression, read alike, of modules to leave alone.
+        frozen_linears: let every plain ``nn.Linear`` that is not adapted (the output embedding, say) run on our kernels, too,
+            where they are faster: it becomes a ``svdkern.Linear``, with the same parameters. On CPUs without bfloat16 this is
+            what makes a whole bfloat16 model usable.
         progress: a progress bar on stderr; None shows one on a terminal when it takes longer than a second.
 
     Returns:
@@ -108,6 +113,8 @@ def adapt(
     del targets, target  # they would keep every old weight alive
     with signals_held_back():
         replace(model, prepared)
+        if frozen_linears:
+            use_kernels(model)
     return report_on(model, {name: layer for name, layer in adapted_layers(model) if id(layer) in made})
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from svdkern.fingerprint import sha256
+from svdkern.frozen import linear
 from svdkern.functional import svd_linear
 from svdkern.initialisation import check_linear, initial_factors, residual_of, scale_of
 from svdkern.linalg import merged_weight
@@ -247,7 +247,7 @@ class SVDLinear(nn.Module):
         bias: Tensor | None = self.bias
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @property
     def weight(self) -> Tensor:

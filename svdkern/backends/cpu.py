@@ -24,6 +24,9 @@ SMALL_M = 32
 SMALL_WORK = 1 << 23
 """Up to so many multiply-adds M * K * N as well: there the one call is what counts."""
 
+FROZEN_WEIGHT = 1 << 20
+"""A weight of fewer numbers, without an adapter, is read before our call has begun."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,6 +56,9 @@ class CpuBackend(EagerBackend):
     """C++ where it wins, ATen elsewhere; float32, bfloat16 and float16 on x86-64 and aarch64."""
 
     name = "cpu"
+
+    def wins_without_adapter(self, rows: int, width: int, out: int, dtype: torch.dtype) -> bool:
+        return kernels_win(dtype) or (1 < rows <= SMALL_M and width * out >= FROZEN_WEIGHT)
 
     def forward(
         self,

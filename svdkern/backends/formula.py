@@ -89,6 +89,10 @@ class Backend:
 
     name: str
 
+    def wins_without_adapter(self, rows: int, width: int, out: int, dtype: torch.dtype) -> bool:
+        """Whether a linear layer of this size, without an adapter, is faster here than ``torch.nn.functional.linear``."""
+        return False
+
     def shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
         """``(D*a) factor``: (M, L) x (L, r) -> (M, r), in a's dtype or in the accumulator dtype."""
         raise NotImplementedError

@@ -1,0 +1,65 @@
+"""A frozen linear layer on svdkern's kernels: the function ``linear`` and the module ``Linear``.
+
+An SVD adapter of rank 0: the same operation, kernels and rules as ``svd_linear``, taken only where they are faster than
+PyTorch's.
+
+Layer: above ``functional``, below ``initialisation`` and ``nn``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from svdkern.autograd import autocast_is_on
+from svdkern.backends.dispatch import choose
+from svdkern.functional import svd_linear
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``y = x W^T + b``: ``torch.nn.functional.linear``, by our kernels where those are faster.
+
+    That is on CPUs for which PyTorch has no real bfloat16 or float16 product (AVX2: ours run at float32 speed, PyTorch's
+    take up to 300 times as long), for bfloat16 on AMX, and for few rows. Elsewhere PyTorch's own is called.
+
+    Args:
+        x: activations (..., K).
+        weight: (N, K) in x's dtype; frozen as a rule (its gradient is correct, not fast).
+        bias: (N,) or None.
+
+    Returns:
+        y (..., N) in x's dtype (under autocast in autocast's).
+
+    Raises:
+        RuntimeError, ValueError, TypeError: as ``torch.nn.functional.linear`` and ``svd_linear``, for shapes, dtypes or
+            devices that do not fit.
+    """
+    if x.dim() and weight.dim() == 2 and x.dtype.is_floating_point:
+        dtype, same = x.dtype, weight.dtype == x.dtype
+        if autocast_is_on(x.device.type) and dtype != torch.float64:
+            dtype, same = torch.get_autocast_dtype(x.device.type), True
+        out, width = weight.shape
+        if same and choose(x, None).wins_without_adapter(math.prod(x.shape[:-1]), width, out, dtype):
+            return svd_linear(x, weight, weight.new_empty(width, 0), None, weight.new_empty(out, 0), bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by ``svdkern.linear``. A frozen layer becomes one in place: ``layer.__class__ = svdkern.Linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def use_kernels(model: nn.Module) -> int:
+    """Make every plain ``nn.Linear`` of the model a ``Linear``: the same objects, parameters, hooks and state_dict.
+
+    Returns:
+        How many there are.
+    """
+    plain = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    for module in plain:
+        module.__class__ = Linear
+    return len(plain)
