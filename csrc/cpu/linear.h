@@ -21,6 +21,11 @@ constexpr int64_t unit = 64;            // outputs in one piece of work, and col
 constexpr int64_t dots_depth = 1024;    // elements of each w column read before the next block of rows goes over them
 constexpr int64_t rank_columns = 1024;  // outputs whose sums are in cache: w is read in runs of at least 2 KB
 constexpr int64_t rank_depth = 8;       // rows of w in one pass over those sums
+constexpr int few = 4;                  // rows of `a` up to which memory is the limit: beyond, caches are shared out
+constexpr int64_t held_outputs = 16;    // dots of many rows: outputs whose lanes stay in L1 with a part of the rows
+constexpr int64_t part_depth = 256;     // that part
+constexpr int64_t part_columns = 256;   // rank of many rows: columns of w that are widened at once, part_rows of them
+constexpr int64_t part_rows = 16;
 constexpr int64_t sums_ld = rank_columns + 16;
 static_assert(unit == mask_columns);
 
@@ -71,6 +76,43 @@ struct Linear {
   bool by_rows() const { return dots() != tiles(); }
 };
 
+// p ... p + n as fp32; what follows up to a multiple of W is zero.
+template <class T>
+inline void widen(const T* p, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(p + i));
+  if (i < n) store(to + i, load(p + i, n - i));
+}
+
+// dot_tiles of rows of w that are converted once for all rows of `a`, n <= part_depth.
+template <int J, class T>
+inline void widened_dots(F* lanes, const float* a, int64_t lda, int rows, const T* const (&b)[max_j], int64_t n) {
+  alignas(64) float buffer[J * part_depth];
+  const float* wide[max_j] = {};
+  for (int j = 0; j < J; ++j) {
+    widen(b[j], n, buffer + j * part_depth);
+    wide[j] = buffer + j * part_depth;
+  }
+  dot_tiles<float, J>(lanes, a, lda, rows, wide, 0, n);
+}
+
+// rank_update of rows of w that are converted once for all rows of `a`, depth <= part_rows.
+template <class T>
+inline void widened_rank(float* sums, int rows, const float* at, int64_t lda, const T* w, int64_t w_in, int64_t depth,
+                         int64_t n, int64_t ahead) {
+  alignas(64) float buffer[part_rows * part_columns];
+  for (int64_t c = 0; c < n; c += part_columns) {
+    const int64_t here = smaller(part_columns, n - c);
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* row = w + k * w_in + c;
+      if (ahead != 0)
+        for (int64_t i = 0; i < here; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + ahead + i);
+      widen(row, here, buffer + k * part_columns);
+    }
+    rank_update(sums + c, sums_ld, rows, at, lda, buffer, part_columns, depth, here, 0);
+  }
+}
+
 // sums[m][o - o0] = a[m] . w[:, o] for o0 <= o < o0 + n, n <= unit.
 template <class T>
 inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums) {
@@ -79,20 +121,31 @@ inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0,
     if (job.tiles())
       return amx_dots(job.w + o0 * job.w_out, job.w_out, job.at + m0, job.rows, rows, job.in, n, sums, sums_ld);
 #endif
+  const bool many = rows > few;
   with_dot_width(rows, [&](auto width) {
     constexpr int J = width.value;
-    F lanes[block_rows * max_j];
-    for (int64_t o = 0; o < n; o += J) {
-      const T* b[max_j] = {};
-      for (int j = 0; j < J; ++j) b[j] = job.w + (o0 + smaller(o + j, n - 1)) * job.w_out;
-      std::memset(lanes, 0, rows * max_j * sizeof(F));
-      for (int64_t k = 0; k < job.in; k += dots_depth)
-        if constexpr (Operand<T>::bf16_products)
-          dot_tiles<J>(lanes, job.a + m0 * job.lda, job.lda, rows, b, k, smaller(dots_depth, job.in - k));
-        else
-          dot_tiles<T, J>(lanes, job.a + m0 * job.lda, job.lda, rows, b, k, smaller(dots_depth, job.in - k));
+    const int64_t held = many ? held_outputs : J, depth = many ? part_depth : dots_depth;
+    F lanes[held_outputs * block_rows];  // [output / max_j][row][output % max_j]
+    for (int64_t o = 0; o < n; o += held) {
+      for (int64_t h = 0; h < held; h += max_j) std::memset(lanes + h * block_rows, 0, rows * max_j * sizeof(F));
+      for (int64_t k = 0; k < job.in; k += depth) {
+        const int64_t deep = smaller(depth, job.in - k);
+        const auto* a = job.a + m0 * job.lda + k;
+        for (int64_t h = 0; h < smaller(held, n - o); h += J) {
+          const T* b[max_j] = {};
+          for (int j = 0; j < J; ++j) b[j] = job.w + (o0 + smaller(o + h + j, n - 1)) * job.w_out + k;
+          F* to = lanes + h / max_j * block_rows * max_j + h % max_j;
+          if constexpr (Operand<T>::bf16_products)
+            dot_tiles<J>(to, a, job.lda, rows, b, 0, deep);
+          else if (sizeof(T) != sizeof(float) && many)
+            widened_dots<J>(to, a, job.lda, rows, b, deep);
+          else
+            dot_tiles<T, J>(to, a, job.lda, rows, b, 0, deep);
+        }
+      }
       for (int m = 0; m < rows; ++m)
-        for (int j = 0; j < J; ++j) sums[m * sums_ld + o + j] = sum(lanes[m * max_j + j]);
+        for (int64_t h = 0; h < smaller(held, n - o); ++h)
+          sums[m * sums_ld + o + h] = sum(lanes[(h / max_j * block_rows + m) * max_j + h % max_j]);
     }
   });
 }
@@ -106,11 +159,19 @@ inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0,
       return in_order(sums, sums_ld, rows, n);
     }
 #endif
-  for (int64_t k = 0; k < job.in; k += rank_depth) {
-    const int64_t depth = smaller(rank_depth, job.in - k);
-    const int64_t ahead = k + 2 * rank_depth <= job.in ? rank_depth * job.w_in : 0;
-    rank_update(sums, sums_ld, rows, job.at + k / Operand<T>::depth * job.rows + m0, job.rows,
-                job.w + k * job.w_in + o0, job.w_in, depth, n, ahead);
+  const bool many = rows > few;
+  const int64_t step = many ? part_rows : rank_depth;
+  for (int64_t k = 0; k < job.in; k += step) {
+    const int64_t depth = smaller(step, job.in - k), ahead = k + 2 * step <= job.in ? step * job.w_in : 0;
+    const auto* at = job.at + k / Operand<T>::depth * job.rows + m0;
+    const T* w = job.w + k * job.w_in + o0;
+    if constexpr (!Operand<T>::bf16_products && sizeof(T) != sizeof(float)) {
+      if (many) {
+        widened_rank(sums, rows, at, job.rows, w, job.w_in, depth, n, ahead);
+        continue;
+      }
+    }
+    rank_update(sums, sums_ld, rows, at, job.rows, w, job.w_in, depth, n, ahead);
   }
 #if defined(__AVX512BF16__)
   if constexpr (Operand<T>::bf16_products) in_order(sums, sums_ld, rows, n);
@@ -189,11 +250,13 @@ inline void take_operand(Linear<T>& job, const Matrix& a, Scratch& scratch) {
   if (job.w == nullptr) return;
   if (!job.by_rows()) {
     job.at = scratch.take<typename Linear<T>::Column>((job.in + 1) / Operand<T>::depth * job.rows);
-  } else if (sizeof(Row) == sizeof(T) && job.in % Operand<T>::row_multiple == 0) {  // float, or bf16 products: in place
+  } else if (sizeof(Row) == sizeof(T) && job.in % Operand<T>::row_multiple == 0 &&
+             (Operand<T>::bf16_products || job.rows <= few)) {
     job.a = static_cast<const Row*>(a.data);
     job.lda = a.row_stride;
   } else {
-    job.lda = round_up(job.in, 64) + 16;
+    // parts of all rows spread over the sets of L1, whatever power of two the width is a multiple of
+    job.lda = round_up(job.in, 4096 / static_cast<int64_t>(sizeof(Row))) + part_depth;
     job.a = scratch.take<Row>(job.rows * job.lda);
   }
 }

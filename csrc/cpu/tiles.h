@@ -45,6 +45,8 @@ template <class T, int J>
 inline void dot_tiles(F* lanes, const float* a, int64_t lda, int rows, const T* const (&b)[max_j], int64_t column,
                       int64_t n) {
   int i = 0;
+  if constexpr (!many_registers && J == 2)
+    for (; i + 6 <= rows; i += 6) dot_tile<T, 6, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
   for (; i + 4 <= rows; i += 4) dot_tile<T, 4, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
   if (i + 2 <= rows) {
     dot_tile<T, 2, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
@@ -124,6 +126,9 @@ inline void rank_update(float* c, int64_t ldc, int64_t rows, const float* a, int
     for (; i + 8 <= rows; i += 8) {
       rank_strip<T, 8, 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, i == 0 ? prefetch : 0);
     }
+  else
+    for (; i + 6 <= rows; i += 6)
+      rank_strip<T, 6, 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, i == 0 ? prefetch : 0);
   for (; i + 4 <= rows; i += 4)
     rank_strip<T, 4, many_registers ? 4 : 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns,
                                              i == 0 ? prefetch : 0);
