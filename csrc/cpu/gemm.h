@@ -69,6 +69,7 @@ class Fused {
   struct Panels {
     const Element* data;
     int64_t stride;
+    bool near;  // in this core's caches already
   };
 
   static int64_t panels_of(int64_t columns) { return (columns + E::tile_columns - 1) / E::tile_columns; }
@@ -93,7 +94,10 @@ class Fused {
       prepare(m0, smaller(rows_, end * E::tile_rows) - m0, has_e(), has_y(), a + begin * strip_size(), modulate);
     });
     if (!has_y()) return;
-    const int64_t least = (job_.out + group_columns - 1) / group_columns, even = round_up(least, job_.threads);
+    // w is read in long runs: where it lies along k, a piece is deep and narrow
+    const int64_t deepest = job_.w.k_stride == 1 && rows_ <= E::most_rows_of_deep_pieces ? 4 : 1;
+    const int64_t least = (job_.out * deepest + group_columns - 1) / group_columns,
+                  even = round_up(least, job_.threads);
     const int64_t wide = round_up((job_.out + even - 1) / even, E::tile_columns);
     const int64_t groups = (job_.out + wide - 1) / wide;
     parallel(job_.parallel_for, groups, rows_ * depth_ * wide, [&](int64_t begin, int64_t end) {
@@ -103,20 +107,16 @@ class Fused {
       Element* piece = own.take<Element>(round_up(E::block_depth, E::depth) / E::per_element * group_columns);
       for (int64_t g = begin; g < end; ++g) {
         const int64_t o = g * wide, columns = smaller(wide, job_.out - o);
-        group(
-            0, rows_, o, columns, a, sums,
-            [&](int64_t k, int64_t deep) {
-              const int64_t size = deep / E::per_element * E::tile_columns;
-              pack_w(o / E::tile_columns, panels_of(o + columns), k, deep, piece, size);
-              return Panels{piece, size};
-            },
-            [&](const Panels&, int64_t k, int64_t deep, int64_t j, int64_t s) {
-              const int64_t i = j * strips + s, parts = panels_of(columns) * strips;
-              if (k + deep < in_)
-                fetch_w(o, columns, k + deep, deep, i, parts);
-              else if (g + 1 < end)
-                fetch_w(o + wide, smaller(wide, job_.out - o - wide), 0, deep, i, parts);
-            });
+        int64_t from = 0, to = 0;  // the k that piece holds
+        group(0, rows_, o, columns, a, sums, [&](int64_t k, int64_t deep) {
+          if (k < from || k >= to) {
+            from = k, to = smaller(depth_, k + deepest * deep);
+            pack_w(o / E::tile_columns, panels_of(o + columns), k, to - k, piece,
+                   (to - k) / E::per_element * E::tile_columns);
+          }
+          return Panels{piece + (k - from) / E::per_element * E::tile_columns,
+                        (to - from) / E::per_element * E::tile_columns, true};
+        });
       }
     });
   }
@@ -154,19 +154,10 @@ class Fused {
           const int64_t m0 = i * height_, rows = smaller(height_, rows_ - m0);
           prepare(m0, rows, has_e() && j == 0, here != 0, a, modulate);
           for (int64_t o = o0; o < o1; o += group_columns)
-            group(
-                m0, rows, o, smaller(group_columns, o1 - o), a, sums,
-                [&](int64_t k, int64_t) {
-                  return Panels{b + (o - o0) / E::tile_columns * panel_size() + k / E::per_element * E::tile_columns,
-                                panel_size()};
-                },
-                [&](const Panels& panels, int64_t, int64_t deep, int64_t j, int64_t s) {
-                  // the next panel, or the first one's next depth
-                  const int64_t size = deep / E::per_element * E::tile_columns;
-                  const bool last = (j + 1) * E::tile_columns >= smaller(group_columns, o1 - o);
-                  prefetch(last ? panels.data + size : panels.data + (j + 1) * panels.stride, size, s,
-                           height_ / E::tile_rows);
-                });
+            group(m0, rows, o, smaller(group_columns, o1 - o), a, sums, [&](int64_t k, int64_t) {
+              return Panels{b + (o - o0) / E::tile_columns * panel_size() + k / E::per_element * E::tile_columns,
+                            panel_size(), false};
+            });
         }
       });
       if (panels == 0) break;
@@ -218,13 +209,10 @@ class Fused {
       const float keep = static_cast<float>(1.0 / (1.0 - job_.drop_a.threshold / 65536.0));
       for (int64_t j = 0; j < job_.r; j += group_columns) {
         const int64_t columns = smaller(group_columns, job_.r - j);
-        multiply(
-            strips, columns, 0, base_depth_, a, sums, true,
-            [&](int64_t k, int64_t) {
-              return Panels{e_ + j / E::tile_columns * panel_size() + k / E::per_element * E::tile_columns,
-                            panel_size()};
-            },
-            [](const Panels&, int64_t, int64_t, int64_t, int64_t) {});
+        multiply(strips, columns, 0, base_depth_, a, sums, true, [&](int64_t k, int64_t) {
+          return Panels{e_ + j / E::tile_columns * panel_size() + k / E::per_element * E::tile_columns, panel_size(),
+                        false};
+        });
         for (int64_t m = 0; m < rows; ++m) scale_by(keep, sums + m * group_ld, columns, job_.h + (m0 + m) * job_.r + j);
       }
       modulate(m0, rows, job_.h + m0 * job_.r, job_.z + m0 * job_.r);
@@ -239,17 +227,17 @@ class Fused {
     }
   }
 
-  // Outputs o ... o + columns of the rows packed in a; panels and ahead as in multiply.
-  template <class GetPanels, class Ahead>
+  // Outputs o ... o + columns of the rows packed in a; panels(k, deep) gives the panels' k ... k + deep.
+  template <class GetPanels>
   void group(int64_t m0, int64_t rows, int64_t o, int64_t columns, const Element* a, float* sums,
-             const GetPanels& panels, const Ahead& ahead) const {
+             const GetPanels& panels) const {
     const int64_t strips = (rows + E::tile_rows - 1) / E::tile_rows, from = job_.w.data == nullptr ? base_depth_ : 0;
     if (job_.drop_y.threshold == 0 || job_.f.data == nullptr) {
-      multiply(strips, columns, from, depth_, a, sums, true, panels, ahead);
+      multiply(strips, columns, from, depth_, a, sums, true, panels);
     } else {
-      multiply(strips, columns, base_depth_, depth_, a, sums, true, panels, ahead);
+      multiply(strips, columns, base_depth_, depth_, a, sums, true, panels);
       mask(m0, rows, o, columns, sums);
-      multiply(strips, columns, from, base_depth_, a, sums, false, panels, ahead);
+      multiply(strips, columns, from, base_depth_, a, sums, false, panels);
     }
     write(m0, rows, o, columns, sums);
   }
@@ -270,11 +258,10 @@ class Fused {
     }
   }
 
-  // sums (+)= a b over k0 ... k1 for `columns` <= group_columns. panels(k, deep) gives the panels' k ... k + deep;
-  // ahead(panels, k, deep, j, s) is called before panel j meets strip s, to fetch its share of what comes next.
-  template <class GetPanels, class Ahead>
+  // sums (+)= a b over k0 ... k1 for `columns` <= group_columns.
+  template <class GetPanels>
   void multiply(int64_t strips, int64_t columns, int64_t k0, int64_t k1, const Element* a, float* sums, bool first,
-                const GetPanels& panels, const Ahead& ahead) const {
+                const GetPanels& panels) const {
     const int64_t blocks = (k1 - k0 + E::block_depth - 1) / E::block_depth;
     const int64_t step = blocks == 0 ? 1 : round_up((k1 - k0 + blocks - 1) / blocks, E::depth);
     if (k0 == k1 && first)
@@ -282,11 +269,12 @@ class Fused {
     for (int64_t k = k0; k < k1; k += step) {
       const int64_t deep = smaller(step, k1 - k);
       const Panels b = panels(k, deep);
-      const int64_t width = panels_of(columns);
+      const int64_t b_step = deep / E::per_element * E::tile_columns, width = panels_of(columns);
       for (int64_t j = 0; j < width; ++j)
         for (int64_t s = 0; s < strips; ++s) {
+          // the next panel, or the first one's next depth, is fetched in equal parts meanwhile
           const Element* strip = a + s * strip_size() + k / E::per_element * E::tile_rows;
-          ahead(b, k, deep, j, s);
+          if (!b.near) prefetch(j + 1 < width ? b.data + (j + 1) * b.stride : b.data + b_step, b_step, s, strips);
           E::tile(strip, b.data + j * b.stride, deep, sums + s * E::tile_rows * group_ld + j * E::tile_columns,
                   group_ld, first && k == k0, columns - j * E::tile_columns <= E::tile_columns / 2);
         }
@@ -298,19 +286,6 @@ class Fused {
     constexpr int64_t line = 64 / sizeof(Element);
     const int64_t size = round_up((count + parts - 1) / parts, line);
     for (int64_t l = i * size; l < smaller(count, (i + 1) * size); l += line) __builtin_prefetch(p + l, 0, 2);
-  }
-
-  // Part `i` of `parts` of w's k ... k + deep for outputs o ... o + columns, into L2, before it is packed.
-  void fetch_w(int64_t o, int64_t columns, int64_t k, int64_t deep, int64_t i, int64_t parts) const {
-    if (job_.w.data == nullptr) return;
-    constexpr int64_t line = 64 / sizeof(T);
-    const bool along_k = job_.w.k_stride == 1;
-    const int64_t runs = along_k ? columns : smaller(deep, in_ - k),
-                  length = along_k ? smaller(deep, in_ - k) : columns;
-    const int64_t stride = along_k ? job_.w.n_stride : job_.w.k_stride;
-    const T* from = static_cast<const T*>(job_.w.data) + k * job_.w.k_stride + o * job_.w.n_stride;
-    for (int64_t run = i * runs / parts; run < (i + 1) * runs / parts; ++run)
-      for (int64_t l = 0; l < length; l += line) __builtin_prefetch(from + run * stride + l, 0, 2);
   }
 
   void mask(int64_t m0, int64_t rows, int64_t o, int64_t columns, float* sums) const {
