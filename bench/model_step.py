@@ -7,6 +7,8 @@ Providers, all in one dtype, all with AdamW and its step included:
 
     frozen         nothing trains but the first norm weight, so that backward runs through every layer: the floor
     svdkern        svdkern's layers, fp32 factors
+    svdkern_bf16   only with --dtype fp32: the same model in bf16, its frozen linears on svdkern's kernels, too, and attention
+                   in fp32: what halves the memory on a CPU on which PyTorch's bf16 products take minutes
     peft_default   PEFT LoRA as it comes (factors raised to fp32)
     peft_bf16      PEFT LoRA with factors in the base's dtype (autocast_adapter_dtype=False)
 
@@ -36,12 +38,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from bench import harness
 
-PROVIDERS = ("frozen", "svdkern", "peft_default", "peft_bf16")
+PROVIDERS = ("frozen", "svdkern", "svdkern_bf16", "peft_default", "peft_bf16")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FIELDS = (
     "bench",
@@ -98,11 +102,30 @@ def load_saved(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.
     return model.requires_grad_(False).train()
 
 
+def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a provider's model is in."""
+    return torch.bfloat16 if name == "svdkern_bf16" else dtype
+
+
+def attend_in_fp32(model: nn.Module) -> None:
+    """Let a transformers model cast what attention multiplies, which has no weights, to fp32 and back."""
+
+    def attention(module, query, key, value, attention_mask, **options):  # type: ignore[no-untyped-def]
+        y, weights = sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), attention_mask, **options
+        )
+        return y.to(query.dtype), weights
+
+    AttentionInterface.register("sdpa_in_fp32", attention)
+    AttentionMaskInterface.register("sdpa_in_fp32", sdpa_mask)
+    model.set_attn_implementation("sdpa_in_fp32")  # type: ignore[operator]
+
+
 def adapted(
     name: str, directory: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None, rank: int
 ) -> nn.Module:
     """The saved model as `name` trains it."""
-    model = load_saved(directory, dtype, device)
+    model = load_saved(directory, dtype_of(name, dtype), device)
     if name == "frozen":
         next(p for n, p in model.named_parameters() if "norm" in n).requires_grad_(True)
     elif name == "svdkern":
@@ -112,6 +135,11 @@ def adapted(
             svdkern.load_adapter(model, adapter)
         else:
             svdkern.adapt(model, method="pissa", rank=rank)
+    elif name == "svdkern_bf16":
+        import svdkern
+
+        svdkern.adapt(model, method="pissa", rank=rank, frozen_linears=True)
+        attend_in_fp32(model)
     else:
         from peft import LoraConfig, get_peft_model
 
@@ -240,7 +268,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         row = {
             "bench": "model_step",
             "provider": name,
-            "dtype": options.dtype,
+            "dtype": "bf16" if name == "svdkern_bf16" else options.dtype,
             "factor_dtype": {"frozen": None, "peft_bf16": options.dtype}.get(name, "fp32"),
             "model": options.model_name or options.model.name,
             "tokens": options.tokens,
@@ -272,13 +300,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of one step")
     parser.add_argument("--sequence", type=int, default=256, help="tokens of one sequence")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        help="default: all, svdkern_bf16 only where it is of use (fp32 on a CPU without bf16)",
+    )
     parser.add_argument("--budget-seconds", type=float, default=120.0, help="about how long all of it may take")
     parser.add_argument("--max-step-seconds", type=float, default=60.0, help="a provider with slower steps is skipped")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<machine>/model_step.jsonl)")
     parser.add_argument("--memory-of", choices=PROVIDERS, help="three steps of one provider, then its peak memory")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.providers is None:
+        of_use = options.dtype == "fp32" and options.device == "cpu" and not harness.bf16_hardware()
+        options.providers = [name for name in PROVIDERS if of_use or name != "svdkern_bf16"]
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

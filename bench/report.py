@@ -28,6 +28,7 @@ TITLES = {
     "frozen": "frozen",
     "frozen_fp32": "frozen, fp32",
     "compile": "torch.compile",
+    "svdkern_bf16": "svdkern, the whole model in bf16",
     "peft_default": "PEFT default",
     "peft_bf16": "PEFT, adapters in the base's dtype",
 }

@@ -9,6 +9,14 @@ from typing import Any
 AVERAGED = 16
 """Steps that the smoothed training loss averages."""
 
+COLOURS = {
+    "frozen": "0.7",
+    "svdkern": "tab:blue",
+    "svdkern_bf16": "tab:cyan",
+    "peft_default": "tab:orange",
+    "peft_bf16": "tab:red",
+}
+
 
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Loss over steps; step time and peak memory of each provider."""
@@ -34,7 +42,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     ):
         values = summary[key]
         labels = [name.replace("_", "\n") for name in values]
-        bars = axes.bar(labels, [v or 0.0 for v in values.values()], color=["0.7", "tab:blue", "tab:orange", "tab:red"])
+        bars = axes.bar(labels, [v or 0.0 for v in values.values()], color=[COLOURS[name] for name in values])
         axes.bar_label(bars, [form.format(value) if value else "skipped" for value in values.values()])
         axes.set_title(title)
         axes.margins(y=0.12)

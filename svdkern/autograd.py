@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from svdkern import ops
+from svdkern.autocast import autocast_is_on, without_autocast
 from svdkern.backends.formula import Gradients
-from svdkern.linalg.precision import without_autocast
 
 _ONCE = (
     "svd_linear is differentiable once: its backward is one fused operation that has no derivative of its own. "
@@ -37,11 +37,6 @@ def _saved(
     keeps_weight = want.x or want.weight
     keeps_h = want.v or want.sigma or want.scale or want.core or want.gate
     return (x if keeps_x else None), (weight if keeps_weight else None), (h if keeps_h else None)
-
-
-def autocast_is_on(device: str) -> bool:
-    """Whether autocast is enabled for this device type; False for a device that has none (meta)."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class SVDLinearFunction(torch.autograd.Function):
@@ -61,7 +56,7 @@ class SVDLinearFunction(torch.autograd.Function):
         backend, threshold, want = ctx.rest
         x, weight, u, sigma, v, scale, core, gate, index, h, rng_state = ctx.saved_tensors
         twice = torch.is_grad_enabled()
-        if twice or autocast_is_on(dy.device.type):
+        if twice or autocast_is_on(dy.device):
             with torch.no_grad(), without_autocast(dy.device):
                 found = backend.backward(
                     dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want

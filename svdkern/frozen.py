@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from svdkern.autograd import autocast_is_on
+from svdkern.autocast import autocast_is_on
 from svdkern.backends.dispatch import choose
 from svdkern.functional import svd_linear
 
@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.dim() and weight.dim() == 2 and x.dtype.is_floating_point:
         dtype, same = x.dtype, weight.dtype == x.dtype
-        if autocast_is_on(x.device.type) and dtype != torch.float64:
+        if autocast_is_on(x.device) and dtype != torch.float64:
             dtype, same = torch.get_autocast_dtype(x.device.type), True
         out, width = weight.shape
         if same and choose(x, None).wins_without_adapter(math.prod(x.shape[:-1]), width, out, dtype):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from svdkern.autograd import OperatorFunction, SVDLinearFunction, autocast_is_on
+from svdkern.autocast import autocast_is_on, without_autocast
+from svdkern.autograd import OperatorFunction, SVDLinearFunction
 from svdkern.backends.dispatch import choose, strict
 from svdkern.backends.philox import threshold_of
-from svdkern.linalg.precision import without_autocast
 
 Gate = Tensor | tuple[Tensor, Tensor]
 
@@ -86,7 +86,7 @@ def svd_linear(
         threshold, rng_state = _dropout(x, dropout_p, rng_state)
     else:
         rng_state = None
-    if autocast_is_on(x.device.type):
+    if autocast_is_on(x.device):
         x, weight, bias = _autocast(x, weight, bias)
         with without_autocast(x.device):  # the dtypes are decided, once
             return _call(backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate_values)

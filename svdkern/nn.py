@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from svdkern.autocast import without_autocast
 from svdkern.fingerprint import sha256
 from svdkern.frozen import linear
 from svdkern.functional import svd_linear
 from svdkern.initialisation import check_linear, initial_factors, residual_of, scale_of
 from svdkern.linalg import merged_weight
-from svdkern.linalg.precision import without_autocast
 from svdkern.methods import Factors, Method, method_named
 
 _READ_ONLY = (

@@ -45,7 +45,8 @@ def test_the_comparison_loads_what_the_demo_exports(saved: tuple[Any, Path]) -> 
 @pytest.mark.parametrize("name", model_step.PROVIDERS)
 def test_every_provider_trains_what_it_should(name: str, saved: tuple[Any, Path]) -> None:
     _, folder = saved
-    model = model_step.adapted(name, folder, torch.bfloat16, CPU, None, 4)
+    model = model_step.adapted(name, folder, torch.float32 if name == "svdkern_bf16" else torch.bfloat16, CPU, None, 4)
+    assert {p.dtype for n, p in model.named_parameters() if "embed" in n} == {torch.bfloat16}
     ids = model_step.make_ids(model, 16, 8, CPU)
     assert ids.shape == (2, 8)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -59,6 +60,31 @@ def test_every_provider_trains_what_it_should(name: str, saved: tuple[Any, Path]
     assert {p.dtype for p in trainable.values()} == {torch.bfloat16 if name == "peft_bf16" else torch.float32}
     if name != "peft_bf16":  # the step of 1e-6 is below bf16's resolution
         assert all(not torch.equal(before[n], p) for n, p in trainable.items())
+
+
+def test_attention_in_fp32_is_the_same_attention(saved: tuple[Any, Path]) -> None:
+    _, folder = saved
+    model: Any = model_step.load_saved(folder, torch.float32, CPU)
+    ids = torch.arange(24).reshape(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :5] = 0
+    wanted = model(input_ids=ids, attention_mask=mask).logits
+    model_step.attend_in_fp32(model)
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, wanted)
+    low: Any = model_step.adapted("svdkern_bf16", folder, torch.float32, CPU, None, 4)
+    assert low(input_ids=ids).logits.dtype == torch.bfloat16
+    assert {type(m) for m in low.modules() if isinstance(m, torch.nn.Linear)} == {svdkern.Linear}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hardware", "offered"), [("fp32", False, True), ("fp32", True, False), ("bf16", False, False)]
+)
+def test_bf16_on_our_kernels_is_compared_where_it_is_of_use(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, hardware: bool, offered: bool
+) -> None:
+    monkeypatch.setattr(model_step.harness, "bf16_hardware", lambda: hardware)
+    options = model_step.parse(["--model", "m", "--dtype", dtype, "--device", "cpu"])
+    assert ("svdkern_bf16" in options.providers) is offered and "svdkern" in options.providers
 
 
 def test_a_saved_adapter_is_what_the_comparison_trains(saved: tuple[Any, Path], tmp_path: Path) -> None:
@@ -121,7 +147,7 @@ def test_a_step_holds_whole_sequences(tokens: str, capsys: pytest.CaptureFixture
 
 
 def test_report_and_plot_show_what_was_skipped(tmp_path: Path) -> None:
-    numbers = {"frozen": 1.0, "svdkern": 1.05, "peft_default": 1.3, "peft_bf16": None}
+    numbers = {"frozen": 1.0, "svdkern": 1.05, "svdkern_bf16": 1.1, "peft_default": 1.3, "peft_bf16": None}
     summary: dict[str, Any] = {
         "perplexity_before": 17.0,
         "perplexity_after": 12.0,

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from svdkern.linalg.precision import without_autocast
+from svdkern.autocast import without_autocast
 
 _PANEL_ELEMENTS = 1 << 21  # float64 elements upcast at a time: 16 MB
 # Up to this size LAPACK's eigh is as fast on one thread as on two (25 ms at 576), and on a machine that is otherwise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdkern.linalg.precision import without_autocast
+from svdkern.autocast import without_autocast
 
 _PANEL_ELEMENTS = 1 << 21  # float64 elements of a row panel: 16 MB
 

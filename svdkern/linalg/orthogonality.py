@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdkern.linalg.precision import without_autocast
+from svdkern.autocast import without_autocast
 
 
 def orth_penalty(factor: Tensor) -> Tensor:
