@@ -119,8 +119,8 @@ def interleave(
     A call gets a running number as its only argument, with which it picks its inputs from a rotation. Calls shorter
     than `sample_seconds` are repeated within a sample, since switching candidates at every call would measure cold
     instruction caches, not the call. At its turn a candidate gives `in_a_row` samples after `settle` calls that are not
-    timed: whole training steps hold gigabytes, and the first one after another model's pays for the memory that the
-    allocator gave back in between. `on_round(done, total)` reports progress.
+    timed: the first call after another candidate's pays for code and workspace that have left the caches, and the first
+    training step after another model's for memory that the allocator gave back. `on_round(done, total)` reports progress.
     """
     if not calls:
         return {}
