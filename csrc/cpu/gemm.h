@@ -26,8 +26,9 @@ constexpr int64_t group_columns = 256;  // outputs whose sums a thread holds: y 
 constexpr int64_t group_ld = group_columns + 16;
 constexpr int64_t most_rows = 256;  // in one block
 constexpr int64_t most_rows_by_columns = 512;
-constexpr int64_t block_bytes = 4 << 20;             // of packed rows
-constexpr int64_t pack_panels = 8, pack_depth = 64;  // packed in turns
+constexpr int64_t block_bytes = 4 << 20;  // of packed rows
+constexpr int64_t pack_panels = 8;        // packed in turns, so much of k at a time:
+constexpr int64_t pack_depth = 64, pack_depth_along_k = 256;
 
 struct FusedJob {
   Matrix a;
@@ -139,8 +140,9 @@ class Fused {
             pack_e(i);
             continue;
           }
-          for (int64_t k = 0; k < depth_; k += pack_depth)
-            pack_w(j + p0, j + p1, k, smaller(pack_depth, depth_ - k),
+          const int64_t deep = job_.w.k_stride == 1 ? pack_depth_along_k : pack_depth;
+          for (int64_t k = 0; k < depth_; k += deep)
+            pack_w(j + p0, j + p1, k, smaller(deep, depth_ - k),
                    b + p0 * panel_size() + k / E::per_element * E::tile_columns, panel_size());
         }
       });
