@@ -26,8 +26,9 @@ constexpr int64_t held_outputs = 16;    // dots of many rows: outputs whose lane
 constexpr int64_t part_depth = 256;     // that part
 constexpr int64_t part_columns = 256;   // rank of many rows: columns of w that are widened at once, part_rows of them
 constexpr int64_t part_rows = 16;
-constexpr int64_t sums_ld = rank_columns + 16;
-static_assert(unit == mask_columns);
+constexpr int64_t few_rank_columns = 4 * rank_columns;  // of few rows: memory is read in runs as long as can be
+constexpr int64_t sums_size = block_rows * (rank_columns + 16);
+static_assert(unit == mask_columns && few * (few_rank_columns + 16) <= sums_size);
 
 // What `a` is kept as: fp32, or for bf16 products bf16 rows (dots) and pairs of rows (rank).
 template <class T>
@@ -98,8 +99,8 @@ inline void widened_dots(F* lanes, const float* a, int64_t lda, int rows, const 
 
 // rank_update of rows of w that are converted once for all rows of `a`, depth <= part_rows.
 template <class T>
-inline void widened_rank(float* sums, int rows, const float* at, int64_t lda, const T* w, int64_t w_in, int64_t depth,
-                         int64_t n, int64_t ahead) {
+inline void widened_rank(float* sums, int64_t ld, int rows, const float* at, int64_t lda, const T* w, int64_t w_in,
+                         int64_t depth, int64_t n, int64_t ahead) {
   alignas(64) float buffer[part_rows * part_columns];
   for (int64_t c = 0; c < n; c += part_columns) {
     const int64_t here = smaller(part_columns, n - c);
@@ -109,17 +110,17 @@ inline void widened_rank(float* sums, int rows, const float* at, int64_t lda, co
         for (int64_t i = 0; i < here; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + ahead + i);
       widen(row, here, buffer + k * part_columns);
     }
-    rank_update(sums + c, sums_ld, rows, at, lda, buffer, part_columns, depth, here, 0);
+    rank_update(sums + c, ld, rows, at, lda, buffer, part_columns, depth, here, 0);
   }
 }
 
 // sums[m][o - o0] = a[m] . w[:, o] for o0 <= o < o0 + n, n <= unit.
 template <class T>
-inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums) {
+inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums, int64_t ld) {
 #if defined(__AMX_BF16__)
   if constexpr (Operand<T>::bf16_products)
     if (job.tiles())
-      return amx_dots(job.w + o0 * job.w_out, job.w_out, job.at + m0, job.rows, rows, job.in, n, sums, sums_ld);
+      return amx_dots(job.w + o0 * job.w_out, job.w_out, job.at + m0, job.rows, rows, job.in, n, sums, ld);
 #endif
   const bool many = rows > few;
   with_dot_width(rows, [&](auto width) {
@@ -145,18 +146,18 @@ inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0,
       }
       for (int m = 0; m < rows; ++m)
         for (int64_t h = 0; h < smaller(held, n - o); ++h)
-          sums[m * sums_ld + o + h] = sum(lanes[(h / max_j * block_rows + m) * max_j + h % max_j]);
+          sums[m * ld + o + h] = sum(lanes[(h / max_j * block_rows + m) * max_j + h % max_j]);
     }
   });
 }
 
 template <class T>
-inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums) {
+inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums, int64_t ld) {
 #if defined(__AMX_BF16__)
   if constexpr (Operand<T>::bf16_products)
     if (job.tiles()) {
-      amx_rank(job.w + o0, job.w_in, job.a + m0 * job.lda, job.lda, rows, job.in, n, sums, sums_ld);
-      return in_order(sums, sums_ld, rows, n);
+      amx_rank(job.w + o0, job.w_in, job.a + m0 * job.lda, job.lda, rows, job.in, n, sums, ld);
+      return in_order(sums, ld, rows, n);
     }
 #endif
   const bool many = rows > few;
@@ -167,20 +168,21 @@ inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0,
     const T* w = job.w + k * job.w_in + o0;
     if constexpr (!Operand<T>::bf16_products && sizeof(T) != sizeof(float)) {
       if (many) {
-        widened_rank(sums, rows, at, job.rows, w, job.w_in, depth, n, ahead);
+        widened_rank(sums, ld, rows, at, job.rows, w, job.w_in, depth, n, ahead);
         continue;
       }
     }
-    rank_update(sums, sums_ld, rows, at, job.rows, w, job.w_in, depth, n, ahead);
+    rank_update(sums, ld, rows, at, job.rows, w, job.w_in, depth, n, ahead);
   }
 #if defined(__AVX512BF16__)
-  if constexpr (Operand<T>::bf16_products) in_order(sums, sums_ld, rows, n);
+  if constexpr (Operand<T>::bf16_products) in_order(sums, ld, rows, n);
 #endif
 }
 
 // sums += D*(z F^T) for n <= unit outputs from o0 on.
 template <class T>
-inline void add_adapter(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums) {
+inline void add_adapter(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums,
+                        int64_t sums_ld) {
   alignas(64) float buffer[panel_columns * unit], branch[block_rows * unit];
   const bool drops = job.dropout.threshold != 0;
   float* to = drops ? branch : sums;
@@ -203,14 +205,15 @@ inline void add_adapter(const Linear<T>& job, int64_t m0, int rows, int64_t o0, 
 }
 
 template <class T>
-inline void write_out(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, const float* sums) {
+inline void write_out(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, const float* sums,
+                      int64_t ld) {
   alignas(64) float bias[unit] = {};
   const T* b = static_cast<const T*>(job.bias.data);
   if (b != nullptr)
     for (int64_t i = 0; i < n; ++i) bias[i] = to_float(b[(o0 + i) * job.bias.stride]);
   for (int m = 0; m < rows; ++m) {
     T* y = job.y + (m0 + m) * job.ldy + o0;
-    const float* s = sums + m * sums_ld;
+    const float* s = sums + m * ld;
     int64_t i = 0;
     for (; i + W <= n; i += W) store(y + i, load(s + i) + load(bias + i));
     if (i < n) store(y + i, load(s + i) + load(bias + i), n - i);
@@ -220,23 +223,23 @@ inline void write_out(const Linear<T>& job, int64_t m0, int rows, int64_t o0, in
 // Outputs o0 ... o1 of all rows.
 template <class T>
 inline void linear_range(const Linear<T>& job, int64_t o0, int64_t o1) {
-  alignas(64) float sums[block_rows * sums_ld];
+  alignas(64) float sums[sums_size];
   const bool dots = job.w != nullptr && job.dots();
-  const int64_t piece = dots ? unit : rank_columns;
+  const int64_t piece = dots ? unit : job.rows <= few ? few_rank_columns : rank_columns, ld = piece + 16;
   for (int64_t o = o0; o < o1; o += piece) {
     const int64_t n = smaller(piece, o1 - o);
     for (int64_t m0 = 0; m0 < job.rows; m0 += block_rows) {
       const int rows = static_cast<int>(smaller<int64_t>(block_rows, job.rows - m0));
       if (!dots)
-        for (int m = 0; m < rows; ++m) std::memset(sums + m * sums_ld, 0, round_up(n, 2 * W) * sizeof(float));
+        for (int m = 0; m < rows; ++m) std::memset(sums + m * ld, 0, round_up(n, 2 * W) * sizeof(float));
       if (dots)
-        base_by_dots(job, m0, rows, o, n, sums);
+        base_by_dots(job, m0, rows, o, n, sums, ld);
       else if (job.w != nullptr)
-        base_by_rank(job, m0, rows, o, n, sums);
+        base_by_rank(job, m0, rows, o, n, sums, ld);
       for (int64_t i = 0; i < n; i += unit) {
         const int64_t wide = smaller(unit, n - i);
-        if (job.zt != nullptr) add_adapter(job, m0, rows, o + i, wide, sums + i);
-        write_out(job, m0, rows, o + i, wide, sums + i);
+        if (job.zt != nullptr) add_adapter(job, m0, rows, o + i, wide, sums + i, ld);
+        write_out(job, m0, rows, o + i, wide, sums + i, ld);
       }
     }
   }
