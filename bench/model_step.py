@@ -7,8 +7,8 @@ Providers, all in one dtype, all with AdamW and its step included:
 
     frozen         nothing trains but the first norm weight, so that backward runs through every layer: the floor
     svdkern        svdkern's layers, fp32 factors
-    svdkern_bf16   only with --dtype fp32: the same model in bf16, its frozen linears on svdkern's kernels, too, and attention
-                   in fp32: what halves the memory on a CPU on which PyTorch's bf16 products take minutes
+    svdkern_bf16   only with --dtype fp32: the model in bf16 with a new adapter, its frozen linears on svdkern's kernels, too,
+                   and attention in fp32: for CPUs on which PyTorch's bf16 products take minutes
     peft_default   PEFT LoRA as it comes (factors raised to fp32)
     peft_bf16      PEFT LoRA with factors in the base's dtype (autocast_adapter_dtype=False)
 
@@ -228,10 +228,11 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         try:
             model = adapted(name, options.model, dtype, device, options.adapter, options.rank)
             ids = make_ids(model, options.tokens, options.sequence, device)
-            if device.type == "cpu" and dtype != torch.float32 and not harness.bf16_hardware():
+            if device.type == "cpu" and dtype_of(name, dtype) != torch.float32 and not harness.bf16_hardware():
                 expected = expected_seconds(model, ids, options.max_step_seconds)
                 if expected > options.max_step_seconds:
-                    reasons[name] = f"skipped: a step in {options.dtype} would take about {expected:.0f} s on this CPU"
+                    low = str(dtype_of(name, dtype)).removeprefix("torch.")
+                    reasons[name] = f"skipped: a step in {low} would take about {expected:.0f} s on this CPU"
                     continue
             steps[name] = make_step(model, ids)
         except Exception as error:  # a rival that fails is a row with its reason, whatever it raises
@@ -247,7 +248,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         timings = harness.interleave(
             steps,
             seconds=seconds,
-            min_rounds=3,
+            min_rounds=1,
             max_rounds=15,
             settle=1,
             in_a_row=3,
@@ -312,6 +313,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<machine>/model_step.jsonl)")
     parser.add_argument("--memory-of", choices=PROVIDERS, help="three steps of one provider, then its peak memory")
     options = parser.parse_args(arguments)
+    if options.providers and "svdkern_bf16" in options.providers and options.dtype != "fp32":
+        parser.error(f"svdkern_bf16 is compared with --dtype fp32, which is {options.dtype} here")
     if options.providers is None:
         of_use = options.dtype == "fp32" and options.device == "cpu" and not harness.bf16_hardware()
         options.providers = [name for name in PROVIDERS if of_use or name != "svdkern_bf16"]

@@ -96,7 +96,8 @@ Matrix as_rows(const Tensor& t, const char* name) {
 }
 
 // The same of a copy where it must be; `keep` owns that.
-Matrix runs(const Tensor& t, const char* name, MaybeTensor& keep) {
+Matrix runs(const Tensor& t, const char* name, MaybeTensor& keep, bool any_shape = false) {
+  STD_TORCH_CHECK(any_shape || t.dim() == 2, name, " has ", t.dim(), " dimensions, expected 2");
   const Matrix m = as_rows(t, name);
   if (m.data) return m;
   keep = torch::stable::contiguous(t);
@@ -214,7 +215,7 @@ std::tuple<Tensor, Tensor> cpu_forward(const Tensor& x, const MaybeTensor& weigh
                                        int64_t threshold) {
   MaybeTensor keep_x, keep_w;
   svdkern::ForwardParams p;
-  p.x = runs(x, "x", keep_x);
+  p.x = runs(x, "x", keep_x, true);
   p.u = matrix(u, "u");
   p.v = matrix(v, "v");
   const int64_t n = p.v.rows, r = p.u.cols;
@@ -250,7 +251,7 @@ std::vector<Tensor> cpu_backward(const Tensor& dy, const MaybeTensor& x, const M
   STD_TORCH_CHECK(mask >= 0 && mask < 128, "mask is ", mask, ", expected 0 to 127");
   MaybeTensor keep_dy, keep_x, keep_w;
   svdkern::BackwardParams p;
-  p.dy = runs(dy, "dy", keep_dy);
+  p.dy = runs(dy, "dy", keep_dy, true);
   p.u = matrix(u, "u");
   p.v = matrix(v, "v");
   const int64_t rows = p.dy.rows, n = p.dy.cols, k = p.u.rows, r = p.u.cols;
@@ -269,7 +270,7 @@ std::vector<Tensor> cpu_backward(const Tensor& dy, const MaybeTensor& x, const M
   p.dropout = dropout(rng_state, threshold);
   if (mask & wants_u) {
     STD_TORCH_CHECK(x.has_value(), "x is None, expected with the gradient of u");
-    p.x = runs(*x, "x", keep_x);
+    p.x = runs(*x, "x", keep_x, true);
     expect(p.x.rows, rows, "the number of rows of x", "the rows of dy");
     expect(p.x.cols, k, "the width of x", "the rows of u");
     expect_type(p.x.dtype, p.dy.dtype, "x", "dy");

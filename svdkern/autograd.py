@@ -71,8 +71,9 @@ class SVDLinearFunction(torch.autograd.Function):
 def _not_twice(gradients: Gradients) -> tuple[Tensor | None, ...]:
     """The same gradients, with an error as their derivative."""
     present = [g.detach().requires_grad_() for g in gradients if isinstance(g, Tensor)]
-    refused = iter(torch._C._functions.DelayedError(_ONCE, len(present))(*present)) if present else iter(())
-    return tuple(next(refused) if isinstance(g, Tensor) else None for g in gradients)
+    refused = torch._C._functions.DelayedError(_ONCE, len(present))(*present) if present else ()
+    each = iter((refused,) if isinstance(refused, Tensor) else refused)  # one alone comes without a tuple
+    return tuple(next(each) if isinstance(g, Tensor) else None for g in gradients)
 
 
 class OperatorFunction(torch.autograd.Function):

@@ -84,8 +84,9 @@ def adapt(
         adapter_dtype: dtype of the factors; float32 masters under a bfloat16 model are fast here.
         exclude_modules: names or a regular expression, read alike, of modules to leave alone.
         frozen_linears: let every plain ``nn.Linear`` that is not adapted (the output embedding, say) run on our kernels, too,
-            where they are faster: it becomes a ``svdkern.Linear``, with the same parameters. On CPUs without bfloat16 this is
-            what makes a whole bfloat16 model usable.
+            where they are faster. It becomes a ``svdkern.Linear`` with the same parameters: a subclass, so
+            ``type(module) is nn.Linear`` no longer holds. On CPUs without bfloat16 this is what makes a whole bfloat16
+            model usable.
         progress: a progress bar on stderr; None shows one on a terminal when it takes longer than a second.
 
     Returns:

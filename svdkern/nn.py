@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svdkern.autocast import without_autocast
+from svdkern.autocast import autocast_is_on, without_autocast
 from svdkern.fingerprint import sha256
 from svdkern.frozen import linear
 from svdkern.functional import svd_linear
@@ -158,7 +158,7 @@ class SVDLinear(nn.Module):
         follow.
 
         It shares the storage of weight and bias, so it takes no memory but that of the factors. ``initial`` are the
-        factors to cut out of the weight where the method does so (default: ``factors``).
+        factors to cut out of the weight where the method does so (default: a copy of ``factors``, in the method's ``start_dtype``).
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -245,7 +245,7 @@ class SVDLinear(nn.Module):
     def _merged_forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.residual
         bias: Tensor | None = self.bias
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not autocast_is_on(x.device):
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return linear(x, weight, bias)
 
@@ -342,6 +342,10 @@ class SVDLinear(nn.Module):
             self.merged = False  # what was dropped comes back with the state_dict
         elif self.merged:
             self.unmerge()
+        for name in ("u0", "sigma0", "v0"):  # rounded initial factors would rebuild another residual
+            buffer, given = self._buffers[name], state_dict.get(prefix + name)
+            if buffer is not None and given is not None and given.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(given.dtype)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -95,6 +95,45 @@ def test_vmap_and_grad(chosen: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_the_choice_can_be_traced_and_exported(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    layer = svdkern.Linear(1024, 1024).to(dtype).requires_grad_(False)
+    x = torch.randn(8, 1024).to(dtype)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: rows},)).module()
+    longer = torch.randn(40, 1024).to(dtype)
+    torch.testing.assert_close(exported(longer), layer(longer))
+
+
+def test_a_second_derivative_is_refused_where_our_kernels_run(chosen: str) -> None:
+    x, w = torch.randn(5, 33, requires_grad=True), torch.randn(17, 33)
+    (dx,) = torch.autograd.grad(svdkern.linear(x, w).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(dx, 2 * (x @ w.t()) @ w, atol=1e-3, rtol=1e-4)
+    if chosen == "ours":
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            dx.sum().backward()
+    else:
+        dx.sum().backward()
+
+
+def test_forward_mode_goes_through_pytorch(chosen: str) -> None:
+    x, w = torch.randn(5, 33), torch.randn(17, 33)
+    y, derivative = torch.func.jvp(lambda a: svdkern.linear(a, w), (x,), (x,))
+    torch.testing.assert_close(derivative, y)
+
+
+def test_a_weight_that_is_no_plain_tensor_is_left_alone() -> None:
+    class Quantised(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = Quantised(torch.randn(8, 8))
+    svdkern.adapt(model, "lora", 2, ["0"], frozen_linears=True)
+    assert type(model[1]) is nn.Linear and type(model[2]) is svdkern.Linear
+
+
 @needs_kernels
 def test_the_choice_is_by_size_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []

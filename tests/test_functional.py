@@ -36,6 +36,16 @@ def test_ranks_and_empty_batches(backend: str, r: int, m: int) -> None:
     check(o, torch.randn(m, 24).double(), backend, torch.float32, (torch.float32,) * 3, present(o))
 
 
+@pytest.mark.parametrize("m", [0, 3, 40])
+@pytest.mark.parametrize(("k", "n"), [(8, 0), (0, 8), (0, 0)])
+def test_layers_without_width(backend: str, m: int, k: int, n: int) -> None:
+    x, u, v = (torch.randn(*size, requires_grad=True) for size in ((m, k), (k, 2), (n, 2)))
+    y = svd_linear(x, torch.randn(n, k), u, None, v, backend=backend)
+    assert torch.equal(y, torch.zeros(m, n))
+    for leaf, gradient in zip((x, u, v), torch.autograd.grad(y, (x, u, v), torch.ones(m, n)), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
 @pytest.mark.parametrize("m", [3, 40])
 @pytest.mark.parametrize("dtype", HALF)
 def test_factor_dtypes_mix(backend: str, m: int, dtype: torch.dtype) -> None:

@@ -216,6 +216,17 @@ def test_forward_on_meta() -> None:
     assert y.is_meta and y.shape == (3, 18) and y.dtype == torch.bfloat16
 
 
+def test_a_state_dict_brings_its_initial_factors_unrounded() -> None:
+    """An adapter may have float32 initial factors where a new layer would keep them in the weight's bfloat16."""
+    layer = SVDLinear.from_linear(nn.Linear(24, 16).bfloat16(), 4, "pissa")
+    state = layer.state_dict()
+    state["u0"] = state["u0"].float() + 2.0**-20
+    other = SVDLinear.from_linear(nn.Linear(24, 16).bfloat16(), 4, "pissa")
+    other.load_state_dict(state)
+    assert other.u0 is not None and other.u0.dtype == torch.float32 and torch.equal(other.u0, state["u0"])
+    assert other.v0 is not None and other.v0.dtype == torch.bfloat16
+
+
 def test_casts_do_not_round_the_initial_factors() -> None:
     layer = SVDLinear.from_linear(linear_of(), 5, "sorsa")
     before = {name: bits_of(b) for name, b in layer.named_buffers() if name != "fingerprint"}

@@ -94,7 +94,7 @@ class Fused {
       const int64_t m0 = begin * E::tile_rows;
       prepare(m0, smaller(rows_, end * E::tile_rows) - m0, has_e(), has_y(), a + begin * strip_size(), modulate);
     });
-    if (!has_y()) return;
+    if (!has_y() || job_.out == 0) return;
     // w is read in long runs: where it lies along k, a piece is deep and narrow
     const int64_t deepest = job_.w.k_stride == 1 && rows_ <= E::most_rows_of_deep_pieces ? 4 : 1;
     const int64_t least = (job_.out * deepest + group_columns - 1) / group_columns,

@@ -1,7 +1,8 @@
 // y (M, out) = a (M, in) w (in, out) + D*(z F^T) + bias, one rounding; w streamed once for all rows of a block.
 //
 //   in-contiguous w  (weight.t() of an nn.Linear: the forward)   dots: a few w columns at a time, read whole
-//   out-contiguous w (its weight: the gradient of x)             rank: row groups over column strips that stay in L1
+//   out-contiguous w (its weight: the gradient of x)             rank: row groups over column strips that stay in L1 or
+//   L2
 //
 // Work is split over `out`; an output is the same sum in the same order however that is done.
 // Floor: one read of w at memory bandwidth, up to about M = 10 (fp32) where the multiply-adds take over.

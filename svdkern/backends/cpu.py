@@ -8,12 +8,14 @@ formula's steps are calls.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
 import torch
 from torch import Tensor
 
+from svdkern.backends import extension
 from svdkern.backends.eager import EagerBackend
 from svdkern.backends.formula import Gradients, as_rows, cast
 from svdkern.backends.philox import DROPS_ALL
@@ -41,10 +43,20 @@ def aten_is_fast(dtype: torch.dtype) -> bool:
     return bool(getattr(torch.ops.mkldnn, supported)())
 
 
-@functools.cache
 def kernels_win(dtype: torch.dtype) -> bool:
     """Whether the fused kernels beat ATen's products for any number of rows of ``dtype`` on this CPU."""
-    return not aten_is_fast(dtype) or (dtype == torch.bfloat16 and torch.ops.svdkern._cpu_isa.default() == "amx_bf16")
+    if dtype not in _kernels_win:
+        on_amx = dtype == torch.bfloat16 and torch.ops.svdkern._cpu_isa.default() == "amx_bf16"
+        _kernels_win[dtype] = on_amx or not aten_is_fast(dtype)
+    return _kernels_win[dtype]
+
+
+# Known from the start, because a compiler that traces the choice (svdkern.linear) cannot ask the CPU.
+_kernels_win: dict[torch.dtype, bool] = {}
+if extension.why_missing is None:
+    with contextlib.suppress(RuntimeError):  # a wrong SVDKERN_CPU_ISA: the first call says so
+        for _dtype in DTYPES:
+            kernels_win(_dtype)
 
 
 def fuses(rows: int, width: int, out: int, dtype: torch.dtype) -> bool:

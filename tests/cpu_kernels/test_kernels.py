@@ -17,6 +17,8 @@ SHAPES = [
     # many rows: tails of strips, panels, blocks of depth and of columns; both ways of sharing the work
     (17, 1, 1, 1), (29, 345, 290, 16), (64, 31, 33, 100), (43, 97, 15, 0), (530, 33, 47, 17), (601, 5, 300, 3),
     (40, 300, 7, 280),
+    # few rows beyond one piece of columns, either way; a weight that is packed in several deep pieces
+    (3, 40, 4200, 5), (2, 4200, 40, 3), (70, 2100, 40, 3),
 ]  # fmt: skip
 DROP = (2**63 + 77, 2**40 + 1, 20000, 0)
 
