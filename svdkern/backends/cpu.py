@@ -26,8 +26,8 @@ SMALL_M = 32
 SMALL_WORK = 1 << 23
 """Up to so many multiply-adds M * K * N as well: there the one call is what counts."""
 
-FROZEN_WEIGHT = 1 << 20
-"""A weight of fewer numbers, without an adapter, is read before our call has begun."""
+FROZEN_M, FROZEN_WEIGHT = 16, 1 << 24
+"""Without an adapter PyTorch's call is the shorter one: ours pays from 2 to so many rows of a weight of so many numbers."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,7 +70,7 @@ class CpuBackend(EagerBackend):
     name = "cpu"
 
     def wins_without_adapter(self, rows: int, width: int, out: int, dtype: torch.dtype) -> bool:
-        return kernels_win(dtype) or (1 < rows <= SMALL_M and width * out >= FROZEN_WEIGHT)
+        return kernels_win(dtype) or (1 < rows <= FROZEN_M and width * out >= FROZEN_WEIGHT)
 
     def forward(
         self,
