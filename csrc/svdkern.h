@@ -47,12 +47,20 @@ using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
 // `threads` beside it: how many pieces it can run at once; decides how work is cut, not a bit of any result.
 
-// h = (D*x) U, z = h sigma | h R | h, y = x W^T + s z V^T + b.      x (M, K), weight (N, K), u (K, r), v (N, r)
+// What stands between h and z: z = s (h sigma | h R | h) g.                       cpu/modulation.h
+struct Modulation {
+  Vector sigma;        // (r,)
+  Matrix core;         // R (r, r); at most one of the two
+  Matrix gate;         // g float32 (M, r), or (1, r) for all rows
+  float scale = 1.0f;  // s
+};
+
+// h = (D*x) U, y = x W^T + z V^T + b.                               x (M, K), weight (N, K), u (K, r), v (N, r)
 // x and y have unit column stride and one dtype, which weight and bias share; weight has one unit stride.
 struct ForwardParams {
-  Matrix x, weight, u, v, core;
-  Vector sigma, bias;
-  float scale = 1.0f;
+  Matrix x, weight, u, v;
+  Modulation by;
+  Vector bias;
   Dropout dropout;
   MutableMatrix y;
   float* h = nullptr;  // (M, r), contiguous
@@ -60,16 +68,17 @@ struct ForwardParams {
   int64_t threads = 1;
 };
 
-// p = dy V, t = s p, q = t sigma | t R^T | t, dx = dy W + D*(q U^T), dU = (D*x)^T q, dV = s dy^T z, dsigma = sum h t,
-// dR = h^T t, db = sum dy, ds = sum p z. An output whose data is null is not computed.
+// p = dy V, t = s p g, q = t sigma | t R^T | t, dx = dy W + D*(q U^T), dU = (D*x)^T q, dV = dy^T z, dsigma = sum h t,
+// dR = h^T t, dg = s p (h sigma | h R | h), db = sum dy, ds = sum p z / s. An output whose data is null is not
+// computed.
 struct BackwardParams {
-  Matrix dy, x, weight, u, v, core, h;
-  Vector sigma;
-  float scale = 1.0f;
+  Matrix dy, x, weight, u, v, h;
+  Modulation by;
   Dropout dropout;
   MutableMatrix dx, du, dv, dcore;
   MutableVector dsigma, dbias;
   float* dscale = nullptr;
+  float* dgate = nullptr;  // (M, r), contiguous
   ParallelFor parallel_for = nullptr;
   int64_t threads = 1;
 };

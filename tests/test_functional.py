@@ -272,19 +272,20 @@ def test_dropout_draws_from_torchs_generator(backend: str) -> None:
 
 @pytest.mark.parametrize("form", ["sigma", "core", "none"])
 @pytest.mark.parametrize("kind", ["table", "shared", "top-k"])
-def test_gates(backend: str, form: str, kind: str) -> None:
-    o = operands(20, 16, 12, 6, form=form)
+@pytest.mark.parametrize("m", [20, 70])
+def test_gates(backend: str, form: str, kind: str, m: int) -> None:
+    o = operands(m, 16, 12, 6, form=form)
     if kind == "top-k":
-        index = torch.rand(20, 6).argsort(-1)[:, :2]
-        value = torch.randn(20, 2).double()
-        rows = lambda g: torch.zeros(20, 6, dtype=g.dtype).scatter_add(1, index, g)  # noqa: E731
+        index = torch.rand(m, 6).argsort(-1)[:, :2]
+        value = torch.randn(m, 2).double()
+        rows = lambda g: torch.zeros(m, 6, dtype=g.dtype).scatter_add(1, index, g)  # noqa: E731
         options = lambda g: {"gate": (index, g)}  # noqa: E731
     else:
-        group = torch.randint(0, 4, (20,)) if kind == "table" else None
+        group = torch.randint(0, 4, (m,)) if kind == "table" else None
         value = torch.randn(4 if kind == "table" else 1, 6).double()
         rows = lambda g: g if group is None else g[group]  # noqa: E731
         options = lambda g: {"gate": g, "group": group}  # noqa: E731
-    dy = torch.randn(20, 12).double()
+    dy = torch.randn(m, 12).double()
 
     def expected(leaves):  # type: ignore[no-untyped-def]
         h = leaves["x"] @ leaves["u"]

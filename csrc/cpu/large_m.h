@@ -25,10 +25,7 @@ inline void forward_of_many(const ForwardParams& p) {
   job.bias = p.bias;
   job.y = p.y;
   job.parallel_for = p.parallel_for, job.threads = p.threads;
-  Fused<T>(job).run([&](int64_t, int64_t rows, const float* h, float* z) {
-    couple(h, rows, r, p.sigma, p.core, false, z);
-    scale_by(p.scale, z, rows * r, z);
-  });
+  Fused<T>(job).run([&](int64_t m0, int64_t rows, const float* h, float* z) { modulate(p.by, m0, rows, r, h, z); });
 }
 
 template <class T>
@@ -36,7 +33,7 @@ inline void backward_of_many(const BackwardParams& b) {
   const int64_t rows = b.dy.rows, n = b.dy.cols, r = b.v.cols, k = b.u.rows;
   const Dropout none;
   const bool wants_dx = b.dx.data != nullptr, wants_du = b.du.data != nullptr;
-  const bool wants_sums = b.dsigma.data || b.dcore.data || b.dscale;
+  const bool wants_sums = b.dsigma.data || b.dcore.data || b.dgate || b.dscale;
   const bool wants_p = r != 0 && (wants_dx || wants_du || wants_sums);
   Scratch scratch;
   float *p = scratch.take<float>(rows * r), *t = scratch.take<float>(rows * r), *q = scratch.take<float>(rows * r);
@@ -53,29 +50,21 @@ inline void backward_of_many(const BackwardParams& b) {
   }
   if (wants_p || wants_dx)
     Fused<T>(job).run([&](int64_t m0, int64_t here, const float* from, float* to) {
-      scale_by(b.scale, from, here * r, t + m0 * r);
-      couple(t + m0 * r, here, r, b.sigma, b.core, true, to);
+      modulate_back(b.by, m0, here, r, from, t + m0 * r, to);
     });
 
-  float *h = nullptr, *z = nullptr, *sz = nullptr;
-  if (b.h.data != nullptr) {
-    h = scratch.take<float>(rows * r), z = scratch.take<float>(rows * r), sz = scratch.take<float>(rows * r);
-    parallel(b.parallel_for, rows, r * (b.core.data != nullptr ? r : 4), [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; ++m)
-        for (int64_t j = 0; j < r; ++j)
-          h[m * r + j] = static_cast<const float*>(b.h.data)[m * b.h.row_stride + j * b.h.col_stride];
-      couple(h + begin * r, end - begin, r, b.sigma, b.core, false, z + begin * r);
-      scale_by(b.scale, z + begin * r, (end - begin) * r, sz + begin * r);
-    });
-    core_gradients(b, h, t, p, z, rows, r);
-  }
+  const Kept kept(b, scratch);
+  if (kept.h != nullptr)
+    parallel(b.parallel_for, rows, r * (b.by.core.data != nullptr ? r : 4),
+             [&](int64_t begin, int64_t end) { kept.rows(b, begin, end); });
+  modulation_gradients(b, kept, t, p, rows, r);
 
   // dV and db over dy's columns, then dU over x's.
   const bool wants_dv = b.dv.data != nullptr;
   Scratch packed;
   const int64_t dy_units = wants_dv || b.dbias.data ? (n + unit - 1) / unit : 0;
   const int64_t x_units = wants_du ? (k + unit - 1) / unit : 0;
-  const Outer<T> dv(b.dy, none, sz, b.dv, b.parallel_for, packed);
+  const Outer<T> dv(b.dy, none, kept.z, b.dv, b.parallel_for, packed);
   const Outer<T> du(b.x, b.dropout, q, b.du, b.parallel_for, packed);
   parallel(b.parallel_for, dy_units + x_units, rows * unit * (r + 1), [&](int64_t begin, int64_t end) {
     const int64_t l0 = smaller(n, begin * unit), l1 = smaller(n, smaller(end, dy_units) * unit);

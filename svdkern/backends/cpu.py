@@ -2,8 +2,7 @@
 
 One C++ call does the whole forward and one the whole backward where these kernels win (csrc/cpu/README.md): for few rows
 always, and for many rows of bf16 on AMX and of every type that ATen has no real product for, which on an x86-64 CPU without
-AVX-512 is bf16 and fp16. Elsewhere, and with gates, the base product is the faster of ours and ATen's (MKL, oneDNN), and the
-formula's steps are calls.
+AVX-512 is bf16 and fp16. Elsewhere the base product is ATen's (MKL, oneDNN), and the formula's steps are calls.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from svdkern.backends import extension
 from svdkern.backends.eager import EagerBackend
-from svdkern.backends.formula import Gradients, as_rows, cast
+from svdkern.backends.formula import Gradients, as_rows, cast, gate_gradient, gate_rows
 from svdkern.backends.philox import DROPS_ALL
 
 SMALL_M = 32
@@ -60,7 +59,7 @@ if extension.why_missing is None:
 
 
 def fuses(rows: int, width: int, out: int, dtype: torch.dtype) -> bool:
-    """Whether a layer of this size, without gates, is one call of the kernels each way."""
+    """Whether a layer of this size is one call of the kernels each way."""
     return rows <= SMALL_M or kernels_win(dtype) or rows * width * out <= SMALL_WORK
 
 
@@ -88,9 +87,10 @@ class CpuBackend(EagerBackend):
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
         rows = math.prod(x.shape[:-1])
-        if gate is None and threshold != DROPS_ALL and fuses(rows, u.shape[0], v.shape[0], x.dtype):
+        if threshold != DROPS_ALL and fuses(rows, u.shape[0], v.shape[0], x.dtype):
             w, b = _as(weight, x.dtype), _as(bias, x.dtype)
-            return torch.ops.svdkern._cpu_forward.default(x, w, u, sigma, v, b, scale, core, rng_state, threshold)
+            g = None if gate is None else gate_rows(cast(gate, torch.float32), index, rows, u.shape[1])
+            return torch.ops.svdkern._cpu_forward.default(x, w, u, sigma, v, b, scale, core, g, rng_state, threshold)
         return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
 
     def backward(
@@ -112,7 +112,7 @@ class CpuBackend(EagerBackend):
     ) -> Gradients:
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
         rows = math.prod(dy.shape[:-1])
-        one_call = gate is None and threshold != DROPS_ALL and fuses(rows, v.shape[0], u.shape[0], dy.dtype)
+        one_call = threshold != DROPS_ALL and fuses(rows, v.shape[0], u.shape[0], dy.dtype)
         if one_call and not batched:
             mask = (
                 bool(want.x)
@@ -122,7 +122,9 @@ class CpuBackend(EagerBackend):
                 | bool(want.bias) << 4
                 | bool(want.scale) << 5
                 | bool(want.core) << 6
+                | bool(want.gate) << 7
             )
+            g = None if gate is None else gate_rows(cast(gate, torch.float32), index, rows, u.shape[1])
             found = iter(
                 torch.ops.svdkern._cpu_backward.default(
                     dy,
@@ -133,6 +135,7 @@ class CpuBackend(EagerBackend):
                     v,
                     scale,
                     core,
+                    g,
                     h,
                     rng_state,
                     threshold,
@@ -152,7 +155,7 @@ class CpuBackend(EagerBackend):
                 bias=next(found) if want.bias else None,
                 scale=next(found) if want.scale else None,
                 core=next(found) if want.core else None,
-                gate=None,
+                gate=gate_gradient(next(found), gate, index) if want.gate else None,
             )
         return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
 

@@ -32,14 +32,15 @@ def one_call_an_example(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _forward(x, weight, u, sigma, v, bias, scale, core, rng_state, threshold):
+def _forward(x, weight, u, sigma, v, bias, scale, core, gate, rng_state, threshold):
     h = x.new_empty(math.prod(x.shape[:-1]), u.shape[1], dtype=torch.float32)
     return x.new_empty(*x.shape[:-1], v.shape[0]), h
 
 
-def _backward(dy, x, weight, u, sigma, v, scale, core, h, rng_state, threshold, mask):
+def _backward(dy, x, weight, u, sigma, v, scale, core, gate, h, rng_state, threshold, mask):
     dx, dbias = dy.new_empty(*dy.shape[:-1], u.shape[0]), dy.new_empty(v.shape[0])
-    outputs = (dx, u, sigma, v, dbias, scale, core)
+    dgate = None if gate is None else gate.new_empty(math.prod(dy.shape[:-1]), gate.shape[1])
+    outputs = (dx, u, sigma, v, dbias, scale, core, dgate)
     return [torch.empty_like(output) for bit, output in enumerate(outputs) if mask >> bit & 1]
 
 

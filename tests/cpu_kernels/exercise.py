@@ -27,8 +27,11 @@ def unwritten(shape: tuple[int, ...], like: Array) -> Array:
 
 
 def whole_layer(kernels: ModuleType, isa: str, dtype: str, factor: str, shape: tuple[int, int, int, int], layout: str,
-                dropout: tuple[Any, ...], form: str, weight_layout: str = "rows") -> dict[str, Array]:  # fmt: skip
-    """Forward and backward of a layer; ``form``: plain, sigma or core. Returns every output after checking it."""
+                dropout: tuple[Any, ...], form: str, weight_layout: str = "rows", gates: int = 0) -> dict[str, Array]:  # fmt: skip
+    """Forward and backward of a layer, each output checked; all are returned.
+
+    ``form``: plain, sigma or core; ``gates``: rows of the gate, 0 for none.
+    """
     m, k, n, r = shape
     rng = np.random.default_rng(abs(hash(shape)) % 2**32)
     normal = rng.standard_normal
@@ -39,14 +42,16 @@ def whole_layer(kernels: ModuleType, isa: str, dtype: str, factor: str, shape: t
     v = strided(to_storage(normal((n, r)), factor), layout)
     sigma = to_storage(normal(r), factor) if form == "sigma" else None
     core = strided(to_storage(normal((r, r)), factor), layout) if form == "core" else None
+    gate = strided(normal((gates, r)).astype(np.float32), layout) if gates else None
+    g = np.ones((1, r)) if gate is None else to_double(gate)
     s = 0.75
     d = reference.mask(dropout, m, k)
     out = {"y": unwritten((m, n), x), "h": unwritten((m, r), np.empty(0, np.float32))}
-    kernels.forward(isa, x, w, u, sigma, v, bias, s, core, dropout, out["y"], out["h"])
+    kernels.forward(isa, x, w, u, sigma, v, bias, s, core, gate, dropout, out["y"], out["h"])
     exact = [None if a is None else to_double(a) for a in (x, w, u, sigma, v, bias)]
     dcore = None if core is None else to_double(core)
-    truth = reference.forward(*exact, s, dcore, d, 1)  # type: ignore[arg-type]
-    scale = reference.forward(*exact, s, dcore, d, 0)  # type: ignore[arg-type]
+    truth = reference.forward(*exact, s, dcore, g, d, 1)  # type: ignore[arg-type]
+    scale = reference.forward(*exact, s, dcore, g, d, 0)  # type: ignore[arg-type]
     halves = reference.halves_products(isa, dtype, m)
     for name in ("y", "h"):
         reference.close(out[name], truth[name], scale[name], name, scale[f"branch of {name}"] if halves else None)
@@ -59,12 +64,13 @@ def whole_layer(kernels: ModuleType, isa: str, dtype: str, factor: str, shape: t
         "dbias": unwritten((n,), dy),
         "dscale": unwritten((1,), np.empty(0, np.float32)),
         "dcore": None if core is None else unwritten((r, r), core),
+        "dgate": None if gate is None else unwritten((m, r), np.empty(0, np.float32)),
     }
-    kernels.backward(isa, dy, x, w, u, sigma, v, s, core, out["h"], dropout, *grads.values())
+    kernels.backward(isa, dy, x, w, u, sigma, v, s, core, gate, out["h"], dropout, *grads.values())
     given = [None if a is None else to_double(a) for a in (dy, x, w, u, sigma, v)]
     h = to_double(out["h"])
-    truth = reference.backward(*given, s, dcore, h, d, 1)  # type: ignore[arg-type]
-    scale = reference.backward(*given, s, dcore, h, d, 0)  # type: ignore[arg-type]
+    truth = reference.backward(*given, s, dcore, g, h, d, 1)  # type: ignore[arg-type]
+    scale = reference.backward(*given, s, dcore, g, h, d, 0)  # type: ignore[arg-type]
     for name, found in grads.items():
         if found is not None:
             branch = scale.get(f"branch of {name}", scale[name]) if halves and name != "dbias" else None

@@ -66,6 +66,10 @@ float* floats(const py::object& object) {
   return object.is_none() ? nullptr : static_cast<float*>(const_cast<void*>(object.cast<py::array>().data()));
 }
 
+Modulation modulation_of(const py::object& sigma, float scale, const py::object& core, const py::object& gate) {
+  return {vector_of(sigma), in(core), in(gate), scale};
+}
+
 Dropout dropout_of(const py::tuple& d) {
   if (d.empty()) return {};
   return {d[0].cast<uint64_t>(), d[1].cast<uint64_t>(), d[2].cast<uint32_t>(), d[3].cast<int64_t>()};
@@ -116,20 +120,20 @@ PYBIND11_MODULE(cpu_kernels_module, m) {
           bits.resize(static_cast<size_t>(n * 8));
           return bits;
         });
-  m.def("forward",
-        [](const std::string& isa, py::object x, py::object weight, py::object u, py::object sigma, py::object v,
-           py::object bias, float scale, py::object core, py::tuple dropout, py::object y, py::object h) {
-          kernels(isa).forward({in(x), in(weight), in(u), in(v), in(core), vector_of(sigma), vector_of(bias), scale,
-                                dropout_of(dropout), out(y), floats(h), split, pieces});
-        });
-  m.def("backward",
-        [](const std::string& isa, py::object dy, py::object x, py::object weight, py::object u, py::object sigma,
-           py::object v, float scale, py::object core, py::object h, py::tuple dropout, py::object dx, py::object du,
-           py::object dsigma, py::object dv, py::object dbias, py::object dscale, py::object dcore) {
-          kernels(isa).backward({in(dy), in(x), in(weight), in(u), in(v), in(core), in(h), vector_of(sigma), scale,
-                                 dropout_of(dropout), out(dx), out(du), out(dv), out(dcore), out_vector(dsigma),
-                                 out_vector(dbias), floats(dscale), split, pieces});
-        });
+  m.def("forward", [](const std::string& isa, py::object x, py::object weight, py::object u, py::object sigma,
+                      py::object v, py::object bias, float scale, py::object core, py::object gate, py::tuple dropout,
+                      py::object y, py::object h) {
+    kernels(isa).forward({in(x), in(weight), in(u), in(v), modulation_of(sigma, scale, core, gate), vector_of(bias),
+                          dropout_of(dropout), out(y), floats(h), split, pieces});
+  });
+  m.def("backward", [](const std::string& isa, py::object dy, py::object x, py::object weight, py::object u,
+                       py::object sigma, py::object v, float scale, py::object core, py::object gate, py::object h,
+                       py::tuple dropout, py::object dx, py::object du, py::object dsigma, py::object dv,
+                       py::object dbias, py::object dscale, py::object dcore, py::object dgate) {
+    kernels(isa).backward({in(dy), in(x), in(weight), in(u), in(v), in(h), modulation_of(sigma, scale, core, gate),
+                           dropout_of(dropout), out(dx), out(du), out(dv), out(dcore), out_vector(dsigma),
+                           out_vector(dbias), floats(dscale), floats(dgate), split, pieces});
+  });
   m.def("shrink", [](const std::string& isa, py::object a, py::object f, py::tuple dropout, py::object result) {
     kernels(isa).shrink({in(a), in(f), dropout_of(dropout), floats(result), split, pieces});
   });

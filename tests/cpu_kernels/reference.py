@@ -63,26 +63,26 @@ def mask(dropout: tuple[int, int, int, int] | tuple[()], rows: int, columns: int
     return (drawn >= threshold) / (1 - threshold / 65536)
 
 
-def forward(x: Array, w: Array, u: Array, sigma: Array | None, v: Array, b: Array, s: float, core: Array | None, d: Array,
-            sign: int) -> dict[str, Array]:  # fmt: skip
+def forward(x: Array, w: Array, u: Array, sigma: Array | None, v: Array, b: Array, s: float, core: Array | None,
+            g: Array, d: Array, sign: int) -> dict[str, Array]:  # fmt: skip
     """The formula of the design; with sign = 0 on absolute values, the scale that rounding errors are measured in."""
     if sign == 0:
-        x, w, u, v, b, s = abs(x), abs(w), abs(u), abs(v), abs(b), abs(s)
+        x, w, u, v, b, s, g = abs(x), abs(w), abs(u), abs(v), abs(b), abs(s), abs(g)
         sigma, core = (None if f is None else abs(f) for f in (sigma, core))
     h = (d * x) @ u
     z = h @ core if core is not None else h * sigma if sigma is not None else h
-    branch = s * z @ v.T
+    branch = (s * z * g) @ v.T
     return {"h": h, "y": x @ w.T + branch + b} | ({"branch of h": h, "branch of y": branch} if sign == 0 else {})
 
 
-def backward(dy: Array, x: Array, w: Array, u: Array, sigma: Array | None, v: Array, s: float, core: Array | None, h: Array,
-             d: Array, sign: int) -> dict[str, Array]:  # fmt: skip
+def backward(dy: Array, x: Array, w: Array, u: Array, sigma: Array | None, v: Array, s: float, core: Array | None, g: Array,
+             h: Array, d: Array, sign: int) -> dict[str, Array]:  # fmt: skip
     """Likewise, all gradients."""
     if sign == 0:
-        dy, x, w, u, v, s, h = abs(dy), abs(x), abs(w), abs(u), abs(v), abs(s), abs(h)
+        dy, x, w, u, v, s, g, h = abs(dy), abs(x), abs(w), abs(u), abs(v), abs(s), abs(g), abs(h)
         sigma, core = (None if f is None else abs(f) for f in (sigma, core))
     p = dy @ v
-    t = s * p
+    t = s * p * g
     q = t @ core.T if core is not None else t * sigma if sigma is not None else t
     z = h @ core if core is not None else h * sigma if sigma is not None else h
     branch = d * (q @ u.T)
@@ -90,10 +90,11 @@ def backward(dy: Array, x: Array, w: Array, u: Array, sigma: Array | None, v: Ar
         "dx": dy @ w + branch,
         "du": (d * x).T @ q,
         "dsigma": (h * t).sum(0),
-        "dv": s * dy.T @ z,
+        "dv": dy.T @ (s * z * g),
         "dbias": dy.sum(0),
-        "dscale": np.array([(p * z).sum()]),
+        "dscale": np.array([(p * z * g).sum()]),
         "dcore": h.T @ t,
+        "dgate": s * p * z,
     } | ({"branch of dx": branch} if sign == 0 else {})
 
 

@@ -33,9 +33,10 @@ def check(kernels: ModuleType, isa: str, dtype: str, m: int, k: int, n: int, r: 
             keep = {(j * 7 + i * max(1, length // 4)) % length for i in range(4)}
             factor[[i for i in range(length) if i not in keep], j] = 0
     y, h = unwritten((m, n), x), unwritten((m, r), np.empty(0, np.float32))
-    kernels.forward(isa, x, strided(w, layout), u, None, v, None, 1.0, None, NONE, y, h)
+    kernels.forward(isa, x, strided(w, layout), u, None, v, None, 1.0, None, None, NONE, y, h)
     dx, du, dv = unwritten((m, k), x), unwritten((k, r), u), unwritten((n, r), v)
-    kernels.backward(isa, dy, x, strided(w, layout), u, None, v, 1.0, None, h, NONE, dx, du, None, dv, None, None, None)
+    kernels.backward(isa, dy, x, strided(w, layout), u, None, v, 1.0, None, None, h, NONE,
+                     dx, du, None, dv, None, None, None, None)  # fmt: skip
     a, g, b, p, q = (to_double(t) for t in (x, dy, w, u, v))
     exact = {
         "h": a @ p,

@@ -31,7 +31,7 @@ def test_whole_layer(kernels: ModuleType, isa: str, dtype: str, shape: tuple[int
     factors, layouts, forms = list(reference.DTYPES), ["rows", "columns", "neither"], ["sigma", "core", "plain"]
     for i in range(3):
         exercise.whole_layer(kernels, isa, dtype, factors[(turn + i) % 3], shape, layouts[(turn // 2 + i) % 3],
-                             DROP if (turn + i) % 2 else (), forms[i])  # fmt: skip
+                             DROP if (turn + i) % 2 else (), forms[i], gates=(0, 1, shape[0])[i])  # fmt: skip
     exercise.whole_layer(kernels, isa, dtype, "float32", shape, "rows", (), "sigma", weight_layout="columns")
 
 

@@ -24,7 +24,7 @@ SIZES = {
     "r": (0, 1, 3, 16, 17, 100),
 }
 RNG_STATE = torch.tensor([2**62 + 12345, -3])
-NAMES = ("x", "u", "sigma", "v", "bias", "scale", "core")
+NAMES = ("x", "u", "sigma", "v", "bias", "scale", "core", "gate")
 
 
 def _laid_out(values: Tensor, layout: str) -> Tensor:
@@ -60,19 +60,19 @@ def _close(found: Tensor, exact: Tensor, scale: Tensor, name: str, rounded: Tens
     assert (found.double() - exact).norm() <= bound, f"{name}: {(found.double() - exact).norm()} beyond {bound}"
 
 
-def _formula(x: Tensor, w: Tensor | None, u: Tensor, sigma: Tensor | None, v: Tensor, bias: Tensor, s: float,
+def _formula(x: Tensor, w: Tensor | None, u: Tensor, sigma: Tensor | None, v: Tensor, bias: Tensor, g: Tensor, s: float,
              core: Tensor | None, d: Tensor, dy: Tensor) -> dict[str, Tensor]:  # fmt: skip
     h = (d * x) @ u
     z = h @ core if core is not None else h * sigma if sigma is not None else h
     p = dy @ v
-    t = s * p
+    t = s * p * g
     q = t @ core.t() if core is not None else t * sigma if sigma is not None else t
     base, dbase = (0, 0) if w is None else (x @ w.t(), dy @ w)
-    branch, dbranch = s * z @ v.t(), d * (q @ u.t())
+    branch, dbranch = (s * z * g) @ v.t(), d * (q @ u.t())
     return {
         "y": base + branch + bias, "branch of y": branch, "h": h, "x": dbase + dbranch, "branch of x": dbranch,
-        "u": (d * x).t() @ q, "sigma": (h * t).sum(0), "v": s * dy.t() @ z,
-        "bias": dy.sum(0), "scale": (p * z).sum(), "core": h.t() @ t,
+        "u": (d * x).t() @ q, "sigma": (h * t).sum(0), "v": dy.t() @ (s * z * g),
+        "bias": dy.sum(0), "scale": (p * z * g).sum(), "core": h.t() @ t, "gate": s * p * z,
     }  # fmt: skip
 
 
@@ -103,14 +103,17 @@ def test_layer(case: int) -> None:
     bias, scale = normal(n, to=dtype), torch.tensor(draw.choice((1.0, -0.5)))
     threshold = draw.choice((0, 0, 6554, 40000))
     rng_state = RNG_STATE if threshold else None
+    gate_rows = draw.choice((0, 1, m))
+    gate = _laid_out(normal(gate_rows, r, to=torch.float32), draw.choice(layouts)) if gate_rows else None
 
-    y, h = OPS._cpu_forward(x, w, u, sigma, v, bias, scale, core, rng_state, threshold)
-    available = [name for name in NAMES if not (name == "sigma" and sigma is None or name == "core" and core is None)]
+    y, h = OPS._cpu_forward(x, w, u, sigma, v, bias, scale, core, gate, rng_state, threshold)
+    absent = {name for name, given in (("sigma", sigma), ("core", core), ("gate", gate)) if given is None}
+    available = [name for name in NAMES if name not in absent]
     asked = [name for name in available if draw.random() < 0.7]
     mask = sum(1 << NAMES.index(name) for name in asked)
     found = OPS._cpu_backward(
-        dy, x if "u" in asked else None, w, u, sigma, v, scale, core,
-        h if {"v", "sigma", "core", "scale"} & set(asked) else None, rng_state, threshold, mask,
+        dy, x if "u" in asked else None, w, u, sigma, v, scale, core, gate,
+        h if {"v", "sigma", "core", "scale", "gate"} & set(asked) else None, rng_state, threshold, mask,
     )  # fmt: skip
     assert len(found) == len(asked)
 
@@ -118,12 +121,13 @@ def test_layer(case: int) -> None:
     if threshold and m and k:
         d = dropped(d, RNG_STATE, threshold)
     operands = [None if a is None else a.double() for a in (x, w, u, sigma, v, bias)]
+    operands.append(torch.ones(1, r).double() if gate is None else gate.double())
     last = (None if core is None else core.double(), d, dy.double())
     exact = _formula(*operands, scale.item(), *last)  # type: ignore[arg-type]
     absolute = _formula(*(None if a is None else a.abs() for a in operands), abs(scale.item()),  # type: ignore[arg-type]
                         *(None if a is None else a.abs() for a in last))  # fmt: skip
     assert y.dtype == dtype and h.dtype == torch.float32
-    inputs = {"x": dy, "u": u, "sigma": sigma, "v": v, "bias": dy, "scale": scale, "core": core}
+    inputs = {"x": dy, "u": u, "sigma": sigma, "v": v, "bias": dy, "scale": scale, "core": core, "gate": gate}
     for name, gradient in zip(("y", "h", *asked), (y, h, *found), strict=True):
         branch = absolute.get(f"branch of {name}", absolute[name])
         _close(gradient, exact[name], absolute[name], name,
@@ -147,13 +151,13 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            y, h = OPS._cpu_forward(x, w, u, sigma, v, None, s, None, RNG_STATE, 6554)
-            grads = OPS._cpu_backward(dy, x, w, u, sigma, v, s, None, h, RNG_STATE, 6554, 0b0111111)
+            y, h = OPS._cpu_forward(x, w, u, sigma, v, None, s, None, None, RNG_STATE, 6554)
+            grads = OPS._cpu_backward(dy, x, w, u, sigma, v, s, None, None, h, RNG_STATE, 6554, 0b0111111)
             residual = OPS._cpu_residual(w, u, sigma, v, 0.5)
             for rows in (40, 1100):
                 args = torch.ones(rows, k).to(dtype), w, u
-                y2, h2 = OPS._cpu_forward(*args, sigma, v, None, s, None, RNG_STATE, 6554)
-                grads += [y2, *OPS._cpu_backward(y2, *args, sigma, v, s, None, h2, RNG_STATE, 6554, 0b0111111)]
+                y2, h2 = OPS._cpu_forward(*args, sigma, v, None, s, None, None, RNG_STATE, 6554)
+                grads += [y2, *OPS._cpu_backward(y2, *args, sigma, v, s, None, None, h2, RNG_STATE, 6554, 0b0111111)]
             results.append([y, h, *grads, residual, OPS._cpu_shrink(many, u, None, 0), OPS._cpu_outer(many, q, u, None, 0),
                             OPS._cpu_linear(x, w.t(), h, v, None, None, 0),
                             OPS._cpu_linear(dy, w, h, u, None, RNG_STATE, 6554)])  # fmt: skip
@@ -199,8 +203,8 @@ def test_rows_and_columns_far_apart() -> None:
     w, u, v = torch.randn(5, 64).bfloat16(), torch.randn(64, 3), torch.randn(5, 3)
     s = torch.tensor(1.0)
     for a, b in zip(
-        OPS._cpu_forward(far, w, u, None, v, None, s, None, None, 0),
-        OPS._cpu_forward(far.contiguous(), w, u, None, v, None, s, None, None, 0),
+        OPS._cpu_forward(far, w, u, None, v, None, s, None, None, None, 0),
+        OPS._cpu_forward(far.contiguous(), w, u, None, v, None, s, None, None, None, 0),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -230,12 +234,12 @@ def test_any_leading_shape_and_stride_is_rows(make: Callable[[], Tensor]) -> Non
     torch.manual_seed(0)
     x, w, u, v, s = make(), torch.randn(5, 12), torch.randn(12, 3), torch.randn(5, 3), torch.tensor(0.5)
     rows, lead = x.reshape(-1, 12).clone() if x.numel() else x.new_zeros(0, 12), x.shape[:-1]
-    y, h = OPS._cpu_forward(x, w, u, None, v, None, s, None, None, 0)
-    wanted_y, wanted_h = OPS._cpu_forward(rows, w, u, None, v, None, s, None, None, 0)
+    y, h = OPS._cpu_forward(x, w, u, None, v, None, s, None, None, None, 0)
+    wanted_y, wanted_h = OPS._cpu_forward(rows, w, u, None, v, None, s, None, None, None, 0)
     assert y.shape == (*lead, 5) and y.is_contiguous() and torch.equal(y.reshape(wanted_y.shape), wanted_y)
     assert torch.equal(h, wanted_h)
-    found = OPS._cpu_backward(y, x, w, u, None, v, s, None, h, None, 0, 0b0111011)
-    wanted = OPS._cpu_backward(wanted_y, rows, w, u, None, v, s, None, h, None, 0, 0b0111011)
+    found = OPS._cpu_backward(y, x, w, u, None, v, s, None, None, h, None, 0, 0b0111011)
+    wanted = OPS._cpu_backward(wanted_y, rows, w, u, None, v, s, None, None, h, None, 0, 0b0111011)
     assert found[0].shape == x.shape and found[0].is_contiguous()
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a.reshape(b.shape), b)
@@ -246,8 +250,8 @@ def test_inputs_are_left_alone() -> None:
     before, versions = [t.clone() for t in tensors], [t._version for t in tensors]
     x, w, u, sigma, v = tensors
     s = torch.tensor(1.0)
-    y, h = OPS._cpu_forward(x, w, u, sigma, v, None, s, None, None, 0)
-    OPS._cpu_backward(y, x, w, u, sigma, v, s, None, h, None, 0, 0b0111111)
+    y, h = OPS._cpu_forward(x, w, u, sigma, v, None, s, None, None, None, 0)
+    OPS._cpu_backward(y, x, w, u, sigma, v, s, None, None, h, None, 0, 0b0111111)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     assert versions == [t._version for t in tensors]
 
@@ -257,7 +261,7 @@ def test_refusals_name_the_value() -> None:
 
     def refused(match: str, **changed: object) -> None:
         given = {"x": x, "weight": w, "u": u, "sigma": None, "v": v, "bias": None, "scale": s, "core": None,
-                 "rng_state": None, "threshold": 0} | changed  # fmt: skip
+                 "gate": None, "rng_state": None, "threshold": 0} | changed  # fmt: skip
         with pytest.raises(RuntimeError, match=match):
             OPS._cpu_forward(**given)
 
@@ -268,6 +272,9 @@ def test_refusals_name_the_value() -> None:
     refused("size of sigma is 4, expected 3", sigma=torch.randn(4))
     refused("size of bias is 1, expected 6", bias=torch.randn(1))
     refused("rows of core is 2, expected 3", core=torch.randn(2, 3))
+    refused("rows of gate is 3, expected 2", gate=torch.randn(3, 3))
+    refused("columns of gate is 2, expected 3", gate=torch.randn(2, 2))
+    refused("gate must have the dtype", gate=torch.randn(2, 3).bfloat16())
     refused("exclude each other", core=torch.randn(3, 3), sigma=torch.randn(3))
     refused("weight must have the dtype of x", weight=w.bfloat16())
     refused("u has a dtype without kernels", u=u.double())
@@ -278,11 +285,13 @@ def test_refusals_name_the_value() -> None:
     refused("rng_state must be", threshold=1, rng_state=torch.tensor([1]))
     refused("scale must be", scale=torch.tensor([1.0, 2.0]))
     with pytest.raises(RuntimeError, match="x is None"):
-        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, None, None, 0, 2)
+        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, None, None, None, 0, 2)
     with pytest.raises(RuntimeError, match="h is None"):
-        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, None, None, 0, 8)
+        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, None, None, None, 0, 8)
     with pytest.raises(RuntimeError, match="gradient of sigma, which is None"):
-        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, torch.randn(2, 3), None, 0, 4)
+        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, None, torch.randn(2, 3), None, 0, 4)
+    with pytest.raises(RuntimeError, match="gradient of gate, which is None"):
+        OPS._cpu_backward(torch.randn(2, 6), None, w, u, None, v, s, None, None, torch.randn(2, 3), None, 0, 128)
 
 
 def test_the_isa_is_one_that_is_compiled_in() -> None:

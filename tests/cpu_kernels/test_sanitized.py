@@ -21,7 +21,8 @@ for isa, runs in kernels.isas():
     for i, shape in enumerate(shapes if runs else []):
         for j, dtype in enumerate(["float32", "bfloat16", "float16"]):
             layout = ["rows", "columns", "neither"][(i + j) % 3]
-            exercise.whole_layer(kernels, isa, dtype, "float32", shape, layout, drop if j % 2 else (), ["sigma", "core"][i % 2])
+            exercise.whole_layer(kernels, isa, dtype, "float32", shape, layout, drop if j % 2 else (), ["sigma", "core"][i % 2],
+                                 gates=(0, 1, shape[0])[(i + j) % 3])  # fmt: skip
             exercise.whole_layer(kernels, isa, dtype, "bfloat16", shape, layout, (), "plain", "columns")
             exercise.primitives(kernels, isa, dtype, "float16", (min(3 * shape[0], 99), shape[1], shape[3]), layout, drop)
     assert len(kernels.philox_bits(isa, 1, 2, 3, 4, 5)) == 40 if runs else True
