@@ -142,10 +142,14 @@ class CpuBackend(EagerBackend):
                     mask,
                 )
             )
-            dweight = None
+            dweight = dgate = None
             if want.weight:
                 assert x is not None and weight is not None
                 dweight = self.weight_gradient(as_rows(dy), as_rows(x), weight)
+            if want.gate:
+                assert gate is not None
+                *rest, of_rows = found
+                found, dgate = iter(rest), gate_gradient(of_rows, gate, index)
             return Gradients(
                 x=next(found) if want.x else None,
                 weight=dweight,
@@ -155,7 +159,7 @@ class CpuBackend(EagerBackend):
                 bias=next(found) if want.bias else None,
                 scale=next(found) if want.scale else None,
                 core=next(found) if want.core else None,
-                gate=gate_gradient(next(found), gate, index) if want.gate else None,
+                gate=dgate,
             )
         return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
 
