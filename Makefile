@@ -37,9 +37,9 @@ help:
 	@echo "make test         build, then run every test that needs no GPU"
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make format       let ruff and clang-format rewrite the files"
-	@echo "make bench        measure one linear layer; results under bench/results, tables rewritten"
-	@echo "make bench-quick  the same in a few minutes, with fewer rounds; nothing is filed"
-	@echo "make report       rewrite the tables from the result files (takes in runs/demo/model_step.jsonl)"
+	@echo "make bench        measure layers, memory, accuracy and the SVD; results under bench/results, tables rewritten"
+	@echo "make bench-quick  a look at one layer, in a minute; nothing is filed"
+	@echo "make report       rewrite tables and plots from the result files (takes in runs/demo/model_step.jsonl)"
 	@echo "make wheel        the wheel, in dist/"
 	@echo "make clean        remove what was built; clean-all removes $(VENV) and runs/ too"
 
@@ -105,14 +105,17 @@ format: $(STAMPS)/dev
 	$(if $(CPP_FILES),$(CLANG_FORMAT) -i $(CPP_FILES))
 
 bench: $(STAMPS)/build
-	$(PY) -m bench.linear
+	$(PY) -m svdkern bench linear --set all
+	$(PY) -m svdkern bench accuracy
+	$(PY) -m svdkern bench memory
+	$(PY) -m svdkern bench init
 	$(MAKE) --no-print-directory report
 
 bench-quick: $(STAMPS)/build
-	$(PY) -m bench.linear --quick --out runs/bench/linear.jsonl
+	$(PY) -m svdkern bench linear --quick
 
 report: $(STAMPS)/runtime
-	$(PY) -m bench.report $(if $(wildcard runs/demo/model_step.jsonl),--add runs/demo/model_step.jsonl)
+	$(PY) -m svdkern bench report $(if $(wildcard runs/demo/model_step.jsonl),--add runs/demo/model_step.jsonl)
 
 wheel: $(STAMPS)/runtime
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .

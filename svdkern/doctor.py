@@ -15,12 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdkern.backends import dispatch, extension
-from svdkern.backends.cpu import SMALL_M, SMALL_WORK, fuses, kernels_win
+from svdkern.backends import choices, dispatch, extension, tuned
+from svdkern.backends.cpu import SMALL_M, SMALL_WORK, isa, kernels_win
+from svdkern.backends.table import Shape
 from svdkern.functional import svd_linear
 
 _PACKAGES = ("svdkern", "torch", "triton", "peft", "transformers", "safetensors")
-_VARIABLES = ("SVDKERN_BACKEND", "SVDKERN_STRICT", "SVDKERN_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+_VARIABLES = (
+    "SVDKERN_BACKEND", "SVDKERN_STRICT", "SVDKERN_CPU_ISA", "SVDKERN_AUTOTUNE", "SVDKERN_CACHE_DIR", "XDG_CACHE_HOME",
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "WORLD_SIZE",
+)  # fmt: skip
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53}
 
@@ -35,10 +39,10 @@ def add_doctor(commands: Any) -> None:
     )
     parser.add_argument(
         "--shape",
-        metavar="MxKxN",
+        metavar="MxKxN[xr]",
         type=_shape,
         default=None,
-        help="also show the path of a call of this shape, as 1x4096x4096",
+        help="also show the path of a layer of this shape and where that choice comes from, as 1x4096x4096x8 (r = 16 if left out)",
     )
     parser.set_defaults(run=doctor)
 
@@ -87,47 +91,66 @@ def _compiled() -> list[str]:
     return lines
 
 
-def _choices(shape: tuple[int, int, int] | None) -> list[str]:
+def _choices(shape: Shape | None) -> list[str]:
     lines = ["backend by device and dtype"]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for name, dtype in _DTYPES.items():
             try:
                 chosen = dispatch.choose(torch.empty(0, dtype=dtype, device=device), None).name
+                lines.append(f"  {device:<6}{name:<10}{chosen:<8}{_rule(chosen, dtype)}")
             except RuntimeError as error:
-                chosen = f"none: {error}"
-            lines.append(f"  {device:<6}{name:<10}{chosen:<8}{_path(chosen, dtype)}")
-    if shape is not None:
-        lines += _shape_lines(shape)
+                lines.append(f"  {device:<6}{name:<10}none: {error}".splitlines()[0])
+    try:
+        lines += _tables() if extension.why_missing is None else []
+        lines += _shape_lines(shape) if shape is not None else []
+    except RuntimeError as error:  # strict, or a wrong SVDKERN_CPU_ISA
+        lines.append(f"no choice can be made: {error}".splitlines()[0])
     return lines
 
 
-_ONE_CALL = "one C++ call each way"
-_BY_ATEN = "base product by ATen, which is faster here"
+_PATHS = {
+    "fused": "one C++ call each way",
+    "steps": "the formula's steps as calls, the base product by ATen where it is fast",
+    "eager": "PyTorch operators",
+}
 
 
-def _path(chosen: str, dtype: torch.dtype) -> str:
+def _rule(chosen: str, dtype: torch.dtype) -> str:
     if chosen != "cpu":
-        return "PyTorch operators"
+        return _PATHS["eager"]
     if kernels_win(dtype):
-        return _ONE_CALL
-    return f"M <= {SMALL_M} or M*K*N <= {SMALL_WORK}: {_ONE_CALL}; above: {_BY_ATEN}"
+        return f"by the tables, else the rule: {_PATHS['fused']}"
+    return f"by the tables, else the rule: {_PATHS['fused']} if M <= {SMALL_M} or M*K*N <= {SMALL_WORK}"
 
 
-def _shape_lines(shape: tuple[int, int, int]) -> list[str]:
-    m, k, n = shape
-    lines = [f"path of M={m} K={k} N={n}, without gates"]
+def _tables() -> list[str]:
+    mine = [row for row in choices.tables().shipped if row.isa == isa()]
+    here = f"{len(choices.tables().tuned)} layers, in {tuned.folder() or 'no folder: HOME is not set'}"
+    if choices.distributed():
+        here += " (ignored: one of several ranks)"
+    return [
+        f"measured choices for {isa()}",
+        f"  shipped table: {len(mine)} layers",
+        f"  tuned here (python -m svdkern tune): {here}",
+    ]
+
+
+def _shape_lines(shape: Shape) -> list[str]:
+    lines = [f"path of {' '.join(f'{name}={size}' for name, size in shape._asdict().items())}"]
     for name, dtype in _DTYPES.items():
-        chosen = dispatch.choose(torch.empty(0, dtype=dtype), None).name
-        path = _path(chosen, dtype) if chosen != "cpu" else _ONE_CALL if fuses(m, k, n, dtype) else _BY_ATEN
-        lines.append(f"  {name:<10}{chosen:<8}{path}")
+        found = dispatch.explain(shape, dtype)
+        lines.append(f"  {name:<10}{found.path:<8}{_PATHS[found.path]} ({found.source})")
     return lines
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    sizes = [int(part) for part in text.lower().split("x")]
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not MxKxN with positive sizes, as 1x4096x4096")
-    return sizes[0], sizes[1], sizes[2]
+def _shape(text: str) -> Shape:
+    try:
+        sizes = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (3, 4) or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MxKxN or MxKxNxr with positive sizes, as 1x4096x4096")
+    return Shape(*(sizes if len(sizes) == 4 else [*sizes, 16]))
 
 
 def _self_test() -> tuple[list[str], bool]:

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from svdkern.autocast import autocast_is_on, without_autocast
 from svdkern.autograd import OperatorFunction, SVDLinearFunction
-from svdkern.backends.dispatch import choose, strict
+from svdkern.backends.dispatch import choose_path, strict
 from svdkern.backends.philox import threshold_of
 
 Gate = Tensor | tuple[Tensor, Tensor]
@@ -125,11 +125,12 @@ def _call(
         or (gate is not None and gate.requires_grad)
         or scale.requires_grad
     ):
+        backend = choose_path(x, v, name, threshold)
         return SVDLinearFunction.apply(
-            choose(x, name), index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate
+            backend, index, rng_state, threshold, x, weight, u, sigma, v, bias, scale, core, gate
         )
     # a forward-mode derivative passes through PyTorch's operators, not through ours
-    backend = choose(x, name if forward_ad._current_level < 0 else "eager")
+    backend = choose_path(x, v, name if forward_ad._current_level < 0 else "eager", threshold)
     y, _ = backend.forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
     return y
 

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from svdkern.backends.dispatch import choose
+from svdkern.backends.dispatch import choose_path
 from svdkern.backends.extension import why_missing
 from svdkern.backends.formula import Gradients, accumulator_dtype
 from svdkern.backends.tracing import one_call_an_example, register
@@ -37,14 +37,15 @@ _library.define(
 
 
 def _forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold, backend):
-    y, h = choose(x, backend or None).forward(
+    y, h = choose_path(x, v, backend, threshold).forward(
         x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold
     )
-    return y, h.to(accumulator_dtype(x.dtype))  # one dtype, whichever backend is chosen when it runs
+    # one dtype, whichever backend is chosen when it runs, or for the backward
+    return y, h.to(accumulator_dtype(x.dtype))
 
 
 def _backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, backend, want):
-    gradients = choose(dy, backend or None).backward(
+    gradients = choose_path(dy, u, backend, threshold, backward=True).backward(
         dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, Gradients(*want)
     )
     laid_out = (gradients.x, weight, u, sigma, v, gradients.bias, scale, core, gate)

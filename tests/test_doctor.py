@@ -56,6 +56,18 @@ def test_an_unknown_instruction_set_is_named() -> None:
     assert "avx1024" in done.stderr and "baseline" in done.stderr
 
 
+def test_doctor_reports_an_unknown_instruction_set() -> None:
+    if extension.why_missing is not None:
+        pytest.skip("needs the compiled extension")
+    for command in (["doctor", "--shape", "1x64x64"], ["tune", "--shapes", "1x64x64x4"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "svdkern", *command],
+            env=os.environ | {"SVDKERN_CPU_ISA": "avx1024"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        assert "SVDKERN_CPU_ISA=avx1024 cannot run here" in done.stdout + done.stderr
+
+
 def test_strict_makes_a_missing_extension_an_error() -> None:
     code = (
         "import sys; sys.modules['svdkern._C'] = None\n"

@@ -82,7 +82,7 @@ def test_attention_in_fp32_is_the_same_attention(saved: tuple[Any, Path]) -> Non
 def test_bf16_on_our_kernels_is_compared_where_it_is_of_use(
     monkeypatch: pytest.MonkeyPatch, dtype: str, hardware: bool, offered: bool
 ) -> None:
-    monkeypatch.setattr(model_step.harness, "bf16_hardware", lambda: hardware)
+    monkeypatch.setattr(model_step.machine, "bf16_hardware", lambda: hardware)
     options = model_step.parse(["--model", "m", "--dtype", dtype, "--device", "cpu"])
     assert ("svdkern_bf16" in options.providers) is offered and "svdkern" in options.providers
 

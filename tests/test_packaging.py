@@ -97,7 +97,7 @@ def test_the_source_distribution_holds_the_kernels(tmp_path: Path) -> None:
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert expected <= names
-    assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "svdkern/backends/choices.json"} <= names
 
 
 def test_the_version_is_one() -> None:

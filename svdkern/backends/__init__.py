@@ -1,11 +1,15 @@
 """Backends: the objects that compute one SVD-adapted linear, forward and backward.
 
-Layer: below ``svdkern.autograd``; imports nothing of svdkern but itself and the compiled extension.
+Layer: below ``svdkern.autograd``; imports nothing of svdkern but itself, ``timing`` and the compiled extension.
 
 ``formula``   the one formula, composed of three primitives
 ``eager``     the three primitives in plain PyTorch: the reference, on every device
-``cpu``       the three primitives (and whole small-batch calls) in C++, with ATen where ATen is faster
+``cpu``       the three primitives (and whole calls) in C++, with ATen where ATen is faster
 ``dispatch``  which of them a call takes
+``choices``   which path of the cpu backend a layer takes: tuned here, shipped, or by the rule
+``table``     measured layers, and the nearest one (``choices.json``: those shipped)
+``tuned``     those measured on this machine, on disk
+``measure``   how long each path of a layer takes
 ``philox``    the dropout stream, the same bits on every backend
 ``extension`` loading the compiled extension, and saying why it is not there
 """

@@ -1,8 +1,8 @@
 """The CPU backend: C++ kernels, with ATen where ATen is faster.
 
-One C++ call does the whole forward and one the whole backward where these kernels win (csrc/cpu/README.md): for few rows
-always, and for many rows of bf16 on AMX and of every type that ATen has no real product for, which on an x86-64 CPU without
-AVX-512 is bf16 and fp16. Elsewhere the base product is ATen's (MKL, oneDNN), and the formula's steps are calls.
+A layer has three paths (``PATHS``): "fused", one C++ call for the whole forward and one for the whole backward; "steps", the
+formula's steps as calls, the base product ATen's (MKL, oneDNN) where that is a fast one; "eager", all of it ATen's. Which one
+a layer takes is looked up (``choices``); ``fuses`` is the rule for what nobody has measured.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from svdkern.backends import extension
 from svdkern.backends.eager import EagerBackend
-from svdkern.backends.formula import Gradients, as_rows, cast, gate_gradient, gate_rows
+from svdkern.backends.formula import Backend, Gradients, as_rows, cast, gate_gradient, gate_rows
 from svdkern.backends.philox import DROPS_ALL
 
 SMALL_M = 32
-"""Up to this many rows our kernels run, whatever ATen has."""
+"""Up to this many rows our kernels run, whatever ATen has: the rule's, and that of each step."""
 
 SMALL_WORK = 1 << 23
 """Up to so many multiply-adds M * K * N as well: there the one call is what counts."""
@@ -59,17 +59,70 @@ if extension.why_missing is None:
 
 
 def fuses(rows: int, width: int, out: int, dtype: torch.dtype) -> bool:
-    """Whether a layer of this size is one call of the kernels each way."""
+    """Whether one call each way should be the fastest for a layer of this size: few rows, little work, or ``kernels_win``."""
     return rows <= SMALL_M or kernels_win(dtype) or rows * width * out <= SMALL_WORK
 
 
+def steps_are_ours(rows: int, dtype: torch.dtype) -> bool:
+    """Whether the path "steps" differs from "eager" (with dropout it always does)."""
+    return rows <= SMALL_M or kernels_win(dtype)
+
+
+@functools.cache
+def isa() -> str:
+    """The instruction sets that times depend on, of our kernels and of ATen: "amx_bf16/AVX512+AMX", "avx2/AVX2"."""
+    aten = torch.backends.cpu.get_cpu_capability().split()[0]
+    if aten == "AVX512" and torch.cpu._is_amx_tile_supported() and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        aten += "+AMX"  # no CPU has AMX without fp16, and oneDNN can be kept from both (ONEDNN_MAX_CPU_ISA)
+    return f"{torch.ops.svdkern._cpu_isa.default()}/{aten}"
+
+
 class CpuBackend(EagerBackend):
-    """C++ where it wins, ATen elsewhere; float32, bfloat16 and float16 on x86-64 and aarch64."""
+    """The primitives in C++ where that wins, by ATen elsewhere; float32, bfloat16 and float16 on x86-64 and aarch64."""
 
     name = "cpu"
 
     def wins_without_adapter(self, rows: int, width: int, out: int, dtype: torch.dtype) -> bool:
         return kernels_win(dtype) or (1 < rows <= FROZEN_M and width * out >= FROZEN_WEIGHT)
+
+    def shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
+        if threshold or steps_are_ours(a.shape[0], a.dtype):
+            return torch.ops.svdkern._cpu_shrink.default(a, factor, rng_state, threshold)
+        return super().shrink(a, factor, None, 0)
+
+    def outer(self, a: Tensor, q: Tensor, like: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
+        if threshold or steps_are_ours(a.shape[0], a.dtype):
+            return torch.ops.svdkern._cpu_outer.default(a, q.to(torch.float32), like, rng_state, threshold)
+        return super().outer(a, q, like, None, 0)
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if aten_is_fast(x.dtype):
+            return super().weight_gradient(dy, x, weight)
+        return torch.mm(dy.to(torch.float32).t(), x.to(torch.float32)).to(weight.dtype)
+
+    def linear(
+        self,
+        a: Tensor,
+        w: Tensor | None,
+        z: Tensor | None,
+        factor: Tensor,
+        bias: Tensor | None,
+        rng_state: Tensor | None,
+        threshold: int,
+    ) -> Tensor:
+        if kernels_win(a.dtype):
+            z = None if z is None else z.to(torch.float32)
+            w, bias = _as(w, a.dtype), _as(bias, a.dtype)
+            return torch.ops.svdkern._cpu_linear.default(a, w, z, factor, bias, rng_state, threshold)
+        y = super().linear(a, w, None if threshold else z, factor, bias, None, 0)
+        if threshold and z is not None:
+            branch = torch.mm(z.to(a.dtype), factor.to(a.dtype).t())
+            y += torch.ops.svdkern._cpu_dropout.default(branch, rng_state, threshold, 0)
+        return y
+
+
+class FusedBackend(CpuBackend):
+    """One C++ call each way; the steps where that call cannot serve (everything dropped, batched gradients)."""
 
     def forward(
         self,
@@ -87,7 +140,7 @@ class CpuBackend(EagerBackend):
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
         rows = math.prod(x.shape[:-1])
-        if threshold != DROPS_ALL and fuses(rows, u.shape[0], v.shape[0], x.dtype):
+        if threshold != DROPS_ALL:
             w, b = _as(weight, x.dtype), _as(bias, x.dtype)
             g = None if gate is None else gate_rows(cast(gate, torch.float32), index, rows, u.shape[1])
             return torch.ops.svdkern._cpu_forward.default(x, w, u, sigma, v, b, scale, core, g, rng_state, threshold)
@@ -112,8 +165,7 @@ class CpuBackend(EagerBackend):
     ) -> Gradients:
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
         rows = math.prod(dy.shape[:-1])
-        one_call = threshold != DROPS_ALL and fuses(rows, v.shape[0], u.shape[0], dy.dtype)
-        if one_call and not batched:
+        if threshold != DROPS_ALL and not batched:
             mask = (
                 bool(want.x)
                 | bool(want.u) << 1
@@ -163,40 +215,9 @@ class CpuBackend(EagerBackend):
             )
         return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
 
-    def shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
-        if threshold or a.shape[0] <= SMALL_M or kernels_win(a.dtype):
-            return torch.ops.svdkern._cpu_shrink.default(a, factor, rng_state, threshold)
-        return super().shrink(a, factor, None, 0)
 
-    def outer(self, a: Tensor, q: Tensor, like: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
-        if threshold or a.shape[0] <= SMALL_M or kernels_win(a.dtype):
-            return torch.ops.svdkern._cpu_outer.default(a, q.to(torch.float32), like, rng_state, threshold)
-        return super().outer(a, q, like, None, 0)
-
-    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        if aten_is_fast(x.dtype):
-            return super().weight_gradient(dy, x, weight)
-        return torch.mm(dy.to(torch.float32).t(), x.to(torch.float32)).to(weight.dtype)
-
-    def linear(
-        self,
-        a: Tensor,
-        w: Tensor | None,
-        z: Tensor | None,
-        factor: Tensor,
-        bias: Tensor | None,
-        rng_state: Tensor | None,
-        threshold: int,
-    ) -> Tensor:
-        if kernels_win(a.dtype):
-            z = None if z is None else z.to(torch.float32)
-            w, bias = _as(w, a.dtype), _as(bias, a.dtype)
-            return torch.ops.svdkern._cpu_linear.default(a, w, z, factor, bias, rng_state, threshold)
-        y = super().linear(a, w, None if threshold else z, factor, bias, None, 0)
-        if threshold and z is not None:
-            branch = torch.mm(z.to(a.dtype), factor.to(a.dtype).t())
-            y += torch.ops.svdkern._cpu_dropout.default(branch, rng_state, threshold, 0)
-        return y
+PATHS: dict[str, Backend] = {"fused": FusedBackend(), "steps": CpuBackend(), "eager": EagerBackend()}
+"""The ways to compute a layer on this device, by name. Any of them may do the backward of another's forward."""
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

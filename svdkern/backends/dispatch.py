@@ -1,27 +1,32 @@
 """Which backend a call takes.
 
-``backend=None`` means the fastest correct one for the device and dtype. ``SVDKERN_BACKEND=name`` or ``backend="name"`` force
-one: then a case that it cannot do falls back to eager with one log line, or is an error under ``SVDKERN_STRICT=1``.
-The environment is read once, when svdkern is imported; ``read_environment`` reads it again.
+``backend=None`` means the fastest correct one for the device, dtype and size of the layer; on the CPU that is looked up in
+tables of measurements (``choices``). ``SVDKERN_BACKEND=name`` or ``backend="name"`` force one: then a case that it cannot do
+falls back to eager with one log line, or is an error under ``SVDKERN_STRICT=1``.
+The environment is read once, when svdkern is imported; ``read_environment`` reads it again, and the tables.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from svdkern.backends import cpu, extension
-from svdkern.backends.eager import EagerBackend
+from svdkern.backends import choices, cpu, extension
 from svdkern.backends.formula import Backend
+from svdkern.backends.table import Shape
 
 log = logging.getLogger("svdkern")
 
-BACKENDS: dict[str, Backend] = {"eager": EagerBackend(), "cpu": cpu.CpuBackend()}
+BACKENDS: dict[str, Backend] = {"eager": cpu.PATHS["eager"], "cpu": cpu.PATHS["fused"]}
+
+MOST_KEPT = 4096
+"""Choices that are remembered; then they are looked up again (about 0.3 ms each)."""
 
 
 class Environment(NamedTuple):
@@ -29,21 +34,28 @@ class Environment(NamedTuple):
 
     backend: str | None
     strict: bool
+    autotune: bool
 
 
 def read_environment() -> Environment:
-    """Read ``SVDKERN_BACKEND`` and ``SVDKERN_STRICT`` and make them the ones in force."""
+    """Read ``SVDKERN_BACKEND``, ``SVDKERN_STRICT`` and ``SVDKERN_AUTOTUNE`` and make them the ones in force."""
     global _environment
     name = os.environ.get("SVDKERN_BACKEND") or None
     if name is not None:
         _check_name(name, "SVDKERN_BACKEND")
-    strict = os.environ.get("SVDKERN_STRICT", "0")
-    if strict not in ("", "0", "1"):
-        raise ValueError(f"SVDKERN_STRICT is {strict!r}, expected 0 or 1")
-    _environment = Environment(name, strict == "1")
+    _environment = Environment(name, _switch("SVDKERN_STRICT"), _switch("SVDKERN_AUTOTUNE"))
     _said.clear()
     _chosen.clear()
+    _paths.clear()
+    choices.forget()
     return _environment
+
+
+def _switch(variable: str) -> bool:
+    value = os.environ.get(variable, "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{variable} is {value!r}, expected 0 or 1")
+    return value == "1"
 
 
 def strict() -> bool:
@@ -64,8 +76,71 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def choose_path(a: Tensor, factor: Tensor, requested: str | None, threshold: int, *, backward: bool = False) -> Backend:
+    """The backend object for one layer.
+
+    Args:
+        a: x (..., K), or in the backward dy (..., N).
+        factor: v (N, r), or in the backward u (K, r).
+        requested: a backend's name, None, or "" as the operators have it: None, and never a reason to measure.
+        threshold: of the dropout.
+        backward: which of the two.
+
+    Raises:
+        ValueError, RuntimeError: as ``choose``.
+    """
+    key = (requested, a.is_cpu, a.dtype, a.shape, factor.shape, threshold != 0, backward)
+    try:
+        found = _paths.get(key)
+    except TypeError:  # sizes without a value, as a tracer has them: one call serves them all
+        if all(type(size) is int for size in (*a.shape, *factor.shape)):
+            raise
+        return choose(a, requested)
+    return found if found is not None else _look_up(key, a, factor, requested, threshold, backward)
+
+
+def _look_up(
+    key: tuple[object, ...], a: Tensor, factor: Tensor, requested: str | None, threshold: int, backward: bool
+) -> Backend:
+    global _alone
+    alone = not choices.distributed()
+    if alone != _alone or len(_paths) >= MOST_KEPT:
+        _alone = alone
+        _paths.clear()
+    found, keep = choose(a, requested), True
+    if found is BACKENDS["cpu"]:
+        rows, width = math.prod(a.shape[:-1]), a.shape[-1]
+        other, rank = factor.shape
+        shape = Shape(rows, other, width, rank) if backward else Shape(rows, width, other, rank)
+        if _environment.autotune and requested != "":
+            keep = choices.autotune(shape, a.dtype)
+        found = cpu.PATHS[_path(shape, a.dtype, requested, threshold).path]
+    if keep:
+        _paths[key] = found
+    return found
+
+
+def _path(shape: Shape, dtype: torch.dtype, requested: str | None, threshold: int) -> choices.Choice:
+    automatic = not requested and _environment.backend is None
+    return choices.choose(shape, dtype, eager=automatic and not threshold)
+
+
+def explain(shape: Shape, dtype: torch.dtype) -> choices.Choice:
+    """The path of a layer on the CPU without dropout under ``backend=None``, and where that choice comes from.
+
+    Raises:
+        RuntimeError: as ``choose``.
+    """
+    backend = choose(torch.empty(0, dtype=dtype, device="cpu"), None)
+    if backend is BACKENDS["cpu"]:
+        return _path(shape, dtype, None, 0)
+    forced = _environment.backend == "eager"
+    reason = "SVDKERN_BACKEND" if forced else why_not("cpu", torch.device("cpu"), dtype)
+    return choices.Choice("eager", reason or "")
+
+
 def choose(x: Tensor, requested: str | None) -> Backend:
-    """The backend for activations like ``x``.
+    """The backend for activations like ``x``, whatever the size of the layer.
 
     Raises:
         ValueError: the requested name is unknown.
@@ -105,5 +180,7 @@ def _check_name(name: str, what: str) -> None:
 
 _said: set[str] = set()
 _chosen: dict[tuple[str | None, str, torch.dtype], Backend] = {}
-_environment = Environment(None, False)
+_paths: dict[tuple[object, ...], Backend] = {}
+_alone = True
+_environment = Environment(None, False, False)
 read_environment()

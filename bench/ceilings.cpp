@@ -1,0 +1,91 @@
+// What one core of this CPU can do at most, for ceilings.py: products in registers, and reads of a buffer.
+// Every function returns something that depends on its work, so that none of it can be left out.
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+constexpr int chains = 12;  // more independent sums than latency times throughput of any product here
+}
+
+extern "C" {
+
+// 2 * 12 * width flop a turn.
+__attribute__((target("avx2,fma"))) float fma_avx2(int64_t turns) {
+  __m256 sum[chains], a = _mm256_set1_ps(1.0f), b = _mm256_set1_ps(1e-9f);
+  for (auto& s : sum) s = _mm256_setzero_ps();
+  for (int64_t i = 0; i < turns; ++i) {
+#pragma GCC unroll 12
+    for (int j = 0; j < chains; ++j) sum[j] = _mm256_fmadd_ps(a, b, sum[j]);
+    asm volatile("" : "+x"(a), "+x"(b));
+  }
+  float total = 0;
+  for (auto& s : sum) total += _mm256_cvtss_f32(s);
+  return total;
+}
+
+__attribute__((target("avx512f"))) float fma_avx512(int64_t turns) {
+  __m512 sum[chains], a = _mm512_set1_ps(1.0f), b = _mm512_set1_ps(1e-9f);
+  for (auto& s : sum) s = _mm512_setzero_ps();
+  for (int64_t i = 0; i < turns; ++i) {
+#pragma GCC unroll 12
+    for (int j = 0; j < chains; ++j) sum[j] = _mm512_fmadd_ps(a, b, sum[j]);
+    asm volatile("" : "+v"(a), "+v"(b));
+  }
+  float total = 0;
+  for (auto& s : sum) total += _mm512_cvtss_f32(s);
+  return total;
+}
+
+__attribute__((target("avx512f,avx512bf16"))) float fma_avx512_bf16(int64_t turns) {
+  __m512 sum[chains];
+  __m512i a = _mm512_set1_epi32(0x3f803f80), b = a;
+  for (auto& s : sum) s = _mm512_setzero_ps();
+  for (int64_t i = 0; i < turns; ++i) {
+#pragma GCC unroll 12
+    for (int j = 0; j < chains; ++j) sum[j] = _mm512_dpbf16_ps(sum[j], (__m512bh)a, (__m512bh)b);
+    asm volatile("" : "+v"(a), "+v"(b));
+  }
+  float total = 0;
+  for (auto& s : sum) total += _mm512_cvtss_f32(s);
+  return total;
+}
+
+// 4 tiles of 16 x 16 x 32 a turn. The process must have asked for the tiles' state (PyTorch does).
+__attribute__((target("amx-tile,amx-bf16"))) float fma_amx_bf16(int64_t turns) {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  alignas(64) float out[256] = {};
+  _tile_loadconfig(&shapes);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, out, 64);
+  _tile_loadd(5, out, 64);
+  _tile_loadd(6, out, 64);
+  _tile_loadd(7, out, 64);
+  for (int64_t i = 0; i < turns; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, out, 64);
+  _tile_release();
+  return out[0];
+}
+
+__attribute__((target("avx2"))) int64_t read_all(const void* from, int64_t bytes) {
+  const auto* p = static_cast<const __m256i*>(from);
+  __m256i sum[4] = {};
+  for (int64_t i = 0; i < bytes / 32; i += 4)
+    for (int j = 0; j < 4; ++j) sum[j] = _mm256_xor_si256(sum[j], _mm256_load_si256(p + i + j));
+  return _mm256_extract_epi64(sum[0], 0) ^ _mm256_extract_epi64(sum[1], 0) ^ _mm256_extract_epi64(sum[2], 0) ^
+         _mm256_extract_epi64(sum[3], 0);
+}
+
+}  // extern "C"

@@ -1,0 +1,84 @@
+"""The timing discipline, on a clock of its own: nothing here depends on the machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from svdkern import timing
+
+
+class FakeClock:
+    """Calls last what the test says, so that nothing depends on the machine."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self.order: list[tuple[str, int, int]] = []
+
+    def __call__(self, call: Any, first: int, calls: int) -> float:
+        name = call(first)
+        self.order.append((name, first, calls))
+        return self.seconds[name]
+
+
+def test_a_timing_is_median_and_percentiles() -> None:
+    found = timing.Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (found.median_s, found.p20_s, found.p80_s, found.n) == (3.5, 2.0, 5.0, 6)
+    with pytest.raises(ValueError, match="no samples"):
+        timing.Timing.of([])
+
+
+def test_interleave_runs_everyone_in_every_round_and_rotates_the_order() -> None:
+    clock = FakeClock({"a": 0.1, "b": 0.2, "c": 0.3})
+    calls = {name: (lambda i, name=name: name) for name in "abc"}
+    timings = timing.interleave(calls, seconds=1.9, min_rounds=2, warmup=1, clock=clock)
+    assert {name: timing.n for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
+    rounds = [name for name, _, _ in clock.order][3:]
+    assert rounds == list("abc" + "bca" + "cab")
+    assert timings["b"].median_s == pytest.approx(0.2)
+    # The running number never repeats: every call gets the next inputs of the rotation.
+    assert [first for name, first, _ in clock.order if name == "a"] == [0, 1, 2, 3]
+
+
+def test_interleave_lets_a_call_settle_before_its_samples() -> None:
+    clock = FakeClock({"a": 0.1, "b": 0.1})
+    calls = {name: (lambda i, name=name: name) for name in "ab"}
+    timings = timing.interleave(calls, seconds=1.6, min_rounds=1, warmup=1, settle=1, in_a_row=3, clock=clock)
+    assert [name for name, _, _ in clock.order][2:] == list("aaaabbbb" + "bbbbaaaa")
+    assert [first for name, first, _ in clock.order if name == "a"] == list(range(9))
+    assert {name: timing.n for name, timing in timings.items()} == {"a": 6, "b": 6}
+
+
+def test_interleave_repeats_short_calls_within_a_sample() -> None:
+    clock = FakeClock({"a": 1e-5})
+    timing.interleave({"a": lambda i: "a"}, seconds=0.01, sample_seconds=1e-3, min_rounds=1, clock=clock)
+    assert clock.order[-1][2] == 100
+
+
+def test_interleave_keeps_within_its_rounds() -> None:
+    clock = FakeClock({"a": 10.0})
+    assert timing.interleave({"a": lambda i: "a"}, seconds=1, min_rounds=3, clock=clock)["a"].n == 3
+    clock = FakeClock({"a": 0.01})
+    assert timing.interleave({"a": lambda i: "a"}, seconds=100, max_rounds=8, clock=clock)["a"].n == 8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected", "tries"),
+    [([0.1], 0.1, 1), ([9.0, 0.1], 0.1, 2), ([9.0, 3.0, 5.0, 4.0], 3.0, 4)],
+    ids=["fast", "first call slow", "slow"],
+)
+def test_the_least_of_a_few_calls_decides_what_is_too_slow(seconds: list[float], expected: float, tries: int) -> None:
+    asked: list[int] = []
+
+    def clock(call: Any, first: int, calls: int) -> float:
+        asked.append(first)
+        return seconds[first]
+
+    assert timing.least_seconds(lambda i: None, 1.0, clock=clock) == expected
+    assert len(asked) == tries
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1000, 1), (1 << 20, 96), (64 << 20, 8), (1 << 30, 2)])
+def test_rotation_exceeds_the_cache_where_the_layer_does(size: int, expected: int) -> None:
+    assert timing.rotation_length(size) == expected
