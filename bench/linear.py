@@ -258,6 +258,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    timing.keep_freed_memory()
     device = torch.device(options.device)
     options.provenance = machine.provenance(device)
     options.ceilings = ceilings.measure(device)
