@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from svdkern import timing
 from svdkern.backends import choices, cpu, extension, tuned
 from svdkern.backends.measure import seconds_of_paths
 from svdkern.backends.table import DTYPES, PATHS, Row, Shape, Table, read_table, write_table
@@ -87,6 +88,7 @@ def add_tune(commands: Any) -> None:
 
 def tune(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure, keep and report; 0 if that was done."""
+    timing.keep_freed_memory()
     shapes = list(options.shapes)
     if options.model is not None:
         try:
