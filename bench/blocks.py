@@ -68,7 +68,7 @@ def blocks(isa: str, dtype: str) -> dict[str, Block]:
         "most_rows": Block(gemm, r"\bmost_rows = ", "rows in a block: packed rows and sums stay in L2", ("128", "256", "512")),
         "panel_bytes": Block(gemm, r"panel_bytes = ", "of the weight, packed at once", ("4 << 20", "16 << 20", "64 << 20")),
         "block_bytes": Block(gemm, r"block_bytes = ", "of packed rows", ("1 << 20", "2 << 20", "4 << 20", "8 << 20")),
-        "most_rows_by_columns": Block(gemm, r"most_rows_by_columns = ", "rows that are all packed at once", ("128", "512", "1024")),
+        "most_rows_by_columns": Block(gemm, r"most_rows_by_columns = ", "rows that are all packed at once", ("128", "512", "1024", "2048")),
         "outer_depth": Block("cpu/outer.h", r"outer_depth = ", "rows summed at a time for dU, dV", ("64", "128", "256")),
         "outer_columns": Block("cpu/outer.h", r"outer_columns = ", "columns of x or dy packed at a time", ("512", "1024", "2048")),
     }  # fmt: skip

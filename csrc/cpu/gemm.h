@@ -2,8 +2,8 @@
 //
 //   h = (D_a*a) E          z = modulate(h)          y = [a z] [w; F^T] + bias = a w + D_y*(z F^T) + bias, one rounding
 //
-// a (M, in), w (in, out), E (in, r), F (out, r). Up to most_rows_by_columns rows, a is packed once for all threads and
-// each thread packs the columns of w that it owns, a little at a time. Above, w and F^T (and E, once) are packed into
+// a (M, in), w (in, out), E (in, r), F (out, r). For few rows (512, of large weights 1024) a is packed once for all
+// threads and each thread packs the columns of w that it owns, a little at a time. Above, w and F^T (and E, once) are packed into
 // panels for all threads, a block of columns at a time, and each thread packs blocks of rows. Either way E's panels
 // give h of the rows just packed, z is appended to them as more k, w's panels pass through L1, and y is written once.
 //
@@ -25,7 +25,8 @@ constexpr int64_t panel_bytes = 16 << 20;
 constexpr int64_t group_columns = 256;  // outputs whose sums a thread holds: y is written in runs of that many
 constexpr int64_t group_ld = group_columns + 16;
 constexpr int64_t most_rows = 256;  // in one block
-constexpr int64_t most_rows_by_columns = 512;
+constexpr int64_t most_rows_by_columns = 512;  // twice as many where the packed weight is large_weight bytes or more
+constexpr int64_t large_weight = 8 << 20;
 constexpr int64_t block_bytes = 4 << 20;  // of packed rows
 constexpr int64_t pack_panels = 8;        // packed in turns, so much of k at a time:
 constexpr int64_t pack_depth = 64, pack_depth_along_k = 256;
@@ -63,7 +64,9 @@ class Fused {
     if (rows_ == 0) return;
     Scratch scratch;
     e_ = scratch.take<Element>(has_e() ? panels_of(job_.r) * panel_size() : 0);
-    rows_ <= most_rows_by_columns ? by_columns(scratch, modulate) : by_rows(scratch, modulate);
+    const int64_t packed = panels_of(job_.out) * panel_size() * static_cast<int64_t>(sizeof(Element));
+    const int64_t most = (packed < large_weight ? 1 : 2) * most_rows_by_columns;
+    rows_ <= most ? by_columns(scratch, modulate) : by_rows(scratch, modulate);
   }
 
  private:
