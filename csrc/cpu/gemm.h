@@ -3,9 +3,10 @@
 //   h = (D_a*a) E          z = modulate(h)          y = [a z] [w; F^T] + bias = a w + D_y*(z F^T) + bias, one rounding
 //
 // a (M, in), w (in, out), E (in, r), F (out, r). For few rows (512, of large weights 1024) a is packed once for all
-// threads and each thread packs the columns of w that it owns, a little at a time. Above, w and F^T (and E, once) are packed into
-// panels for all threads, a block of columns at a time, and each thread packs blocks of rows. Either way E's panels
-// give h of the rows just packed, z is appended to them as more k, w's panels pass through L1, and y is written once.
+// threads and each thread packs the columns of w that it owns, a little at a time. Above, w and F^T (and E, once) are
+// packed into panels for all threads, a block of columns at a time, and each thread packs blocks of rows. Either way
+// E's panels give h of the rows just packed, z is appended to them as more k, w's panels pass through L1, and y is
+// written once.
 //
 // Workspace: many rows: panel_bytes of panels (one panel where in is larger than that allows) and for each thread
 // block_bytes of packed rows (one strip likewise) and 0.3 MB of sums. Few rows: packed rows, (M, in + r) in the packed
@@ -24,7 +25,7 @@ namespace {
 constexpr int64_t panel_bytes = 16 << 20;
 constexpr int64_t group_columns = 256;  // outputs whose sums a thread holds: y is written in runs of that many
 constexpr int64_t group_ld = group_columns + 16;
-constexpr int64_t most_rows = 256;  // in one block
+constexpr int64_t most_rows = 256;             // in one block
 constexpr int64_t most_rows_by_columns = 512;  // twice as many where the packed weight is large_weight bytes or more
 constexpr int64_t large_weight = 8 << 20;
 constexpr int64_t block_bytes = 4 << 20;  // of packed rows

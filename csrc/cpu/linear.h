@@ -62,6 +62,7 @@ struct Linear {
   const Column* at = nullptr;  // rank: (in / depth, M)
   // the adapter: zt == nullptr for none
   const float* zt = nullptr;  // (r, M), scale included
+  const float* z = nullptr;   // the same (M, r), where F is used row by row
   Matrix f;                   // (out, r)
   Dropout dropout;
   Vector bias;
@@ -189,7 +190,18 @@ inline void add_adapter(const Linear<T>& job, int64_t m0, int rows, int64_t o0, 
   float* to = drops ? branch : sums;
   const int64_t ld = drops ? unit : sums_ld, wide = round_up(n, W);
   if (drops) std::memset(branch, 0, sizeof(branch));
-  for (int64_t j0 = 0; j0 < job.f.cols; j0 += panel_columns) {
+  if (job.z != nullptr) {
+    for (int64_t i = 0; i < n; i += 4) {
+      const float* f[max_j] = {};
+      for (int64_t j = 0; j < 4; ++j)
+        f[j] = static_cast<const float*>(job.f.data) + (o0 + smaller(i + j, n - 1)) * job.f.row_stride;
+      F lanes[block_rows * max_j] = {};
+      dot_tiles<float, 4>(lanes, job.z + m0 * job.f.cols, job.f.cols, rows, f, 0, job.f.cols);
+      for (int m = 0; m < rows; ++m)
+        for (int64_t j = 0; j < smaller<int64_t>(4, n - i); ++j) to[m * ld + i + j] += sum(lanes[m * max_j + j]);
+    }
+  }
+  for (int64_t j0 = 0; job.z == nullptr && j0 < job.f.cols; j0 += panel_columns) {
     const int64_t columns = smaller<int64_t>(panel_columns, job.f.cols - j0);
     const Panel panel = load_panel(job.f, o0, n, j0, columns, buffer, unit);
     rank_update(to, ld, rows, job.zt + j0 * job.rows + m0, job.rows, panel.data, panel.ld, columns, wide);

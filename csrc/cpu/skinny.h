@@ -43,11 +43,53 @@ inline void load_rows(const Matrix& a, const Dropout& dropout, int64_t m0, int r
   }
 }
 
+// Whether rows of a factor are whole vectors of fp32, to be used where they lie.
+template <class AnyMatrix>
+inline bool whole_rows(const AnyMatrix& f) {
+  return f.dtype == DType::f32 && f.col_stride == 1 && f.cols % W == 0 && f.cols != 0;
+}
+
+// to[l][m] (ld = block_rows) = a_rows[m][l] for l < n.
+inline void turn(const float* a_rows, int rows, int64_t n, float* to) {
+  for (int m = 0; m < rows; m += W)
+    for (int64_t l = 0; l < n; l += W) {
+      F v[W] = {};
+      for (int i = 0; i < smaller<int64_t>(W, rows - m); ++i) v[i] = load(a_rows + (m + i) * strip_ld + l);
+      transpose(v);
+      for (int i = 0; i < W; ++i) store(to + (l + i) * block_rows + m, v[i]);
+    }
+}
+
+// contract_block along the factor's rows, `piece` of them to a sum of their own: long chains of additions lose digits.
+template <class T>
+inline void contract_rows(const Matrix& a, const Dropout& dropout, int64_t m0, int rows, int64_t l0, int64_t l1,
+                          const Matrix& f, float* out) {
+  constexpr int64_t piece = 64;
+  const int64_t r = f.cols;
+  Scratch scratch;
+  float* sums = scratch.take<float>(rows * r);
+  alignas(64) float a_rows[block_rows * strip_ld], turned[block_rows * strip];
+  std::memset(out, 0, rows * r * sizeof(float));
+  for (int64_t l = l0; l < l1; l += strip) {
+    const int64_t n = smaller(strip, l1 - l);
+    load_rows<T>(a, dropout, m0, rows, l, n, a_rows);
+    if (rows > 1) turn(a_rows, rows, n, turned);
+    const int64_t ld = rows > 1 ? block_rows : 1;
+    for (int64_t k = 0; k < n; k += piece) {
+      std::memset(sums, 0, rows * r * sizeof(float));
+      rank_update(sums, r, rows, (rows > 1 ? turned : a_rows) + k * ld, ld,
+                  static_cast<const float*>(f.data) + (l + k) * f.row_stride, f.row_stride, smaller(piece, n - k), r);
+      for (int64_t i = 0; i < rows * r; i += W) store(out + i, load(out + i) + load(sums + i));
+    }
+  }
+}
+
 // out[m][j] (ld = r) = (D*a)[m0 + m][l0 ... l1] . F[l0 ... l1][j] for `rows` <= block_rows rows.
 template <class T>
 inline void contract_block(const Matrix& a, const Dropout& dropout, int64_t m0, int rows, int64_t l0, int64_t l1,
                            const Matrix& f, float* out) {
   const int64_t r = f.cols, tiles = (r + panel_columns - 1) / panel_columns;
+  if (whole_rows(f) && rows * r >= 8 * W) return contract_rows<T>(a, dropout, m0, rows, l0, l1, f, out);
   constexpr int tile_lanes = block_rows * panel_columns;
   Scratch scratch;
   F* lanes = scratch.take<F>(tiles * tile_lanes);
@@ -93,11 +135,22 @@ template <class T>
 inline void outer_range(const Matrix& a, const Dropout& dropout, const float* q, const MutableMatrix& out, int64_t l0,
                         int64_t l1) {
   const int64_t r = out.cols;
+  const bool in_place = whole_rows(out);
   Scratch scratch;
-  float* panel = scratch.take<float>(r * strip_ld);
+  float* panel = scratch.take<float>(in_place ? 0 : r * strip_ld);
   alignas(64) float a_rows[block_rows * strip_ld];
   for (int64_t l = l0; l < l1; l += strip) {
     const int64_t n = smaller(strip, l1 - l);
+    if (in_place) {
+      float* to = static_cast<float*>(out.data) + l * out.row_stride;
+      for (int64_t i = 0; i < n; ++i) std::memset(to + i * out.row_stride, 0, r * sizeof(float));
+      for (int64_t m0 = 0; m0 < a.rows; m0 += block_rows) {
+        const int rows = static_cast<int>(smaller<int64_t>(block_rows, a.rows - m0));
+        load_rows<T>(a, dropout, m0, rows, l, n, a_rows);
+        rank_update(to, out.row_stride, n, a_rows, strip_ld, q + m0 * r, r, rows, r);
+      }
+      continue;
+    }
     std::memset(panel, 0, r * strip_ld * sizeof(float));
     for (int64_t m0 = 0; m0 < a.rows; m0 += block_rows) {
       const int rows = static_cast<int>(smaller<int64_t>(block_rows, a.rows - m0));

@@ -24,6 +24,14 @@ inline float* transposed(Scratch& scratch, const float* z, int64_t rows, int64_t
   return zt;
 }
 
+// z (M, r) and the factor as linear.h wants them: rows of F where they lie if that is less work than turning them.
+template <class T>
+inline void set_adapter(Linear<T>& job, const float* z, const Matrix& f, Scratch& scratch) {
+  job.zt = transposed(scratch, z, job.rows, f.cols);
+  job.f = f;
+  if (whole_rows(f) && job.rows <= 4 && f.cols >= 4 * W) job.z = z;
+}
+
 template <class T>
 inline void contract_all(const Matrix& a, const Dropout& dropout, const Matrix& f, int64_t l0, int64_t l1, float* out) {
   for (int64_t m0 = 0; m0 < a.rows; m0 += block_rows) {
@@ -63,8 +71,7 @@ inline void forward_of_few(const ForwardParams& p) {
   if (r != 0) {
     float* z = scratch.take<float>(rows * r);
     modulate(p.by, 0, rows, r, p.h, z);
-    job.zt = transposed(scratch, z, rows, r);
-    job.f = p.v;
+    set_adapter(job, z, p.v, scratch);
   }
   const int64_t units = (out + unit - 1) / unit;
   parallel(p.parallel_for, units, rows * smaller(unit, out) * (in + r),
@@ -118,8 +125,7 @@ inline void backward_of_few(const BackwardParams& b) {
   if (!wants_dx && !wants_du) return;
 
   if (r != 0 && wants_dx) {
-    job.zt = transposed(scratch, q, rows, r);
-    job.f = b.u;
+    set_adapter(job, q, b.u, scratch);
     job.dropout = b.dropout;
   }
   const int64_t units = (k + unit - 1) / unit;

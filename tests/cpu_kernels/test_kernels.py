@@ -17,6 +17,8 @@ SHAPES = [
     # many rows: tails of strips, panels, blocks of depth and of columns; both ways of sharing the work
     (17, 1, 1, 1), (29, 345, 290, 16), (64, 31, 33, 100), (43, 97, 15, 0), (530, 33, 47, 17), (601, 5, 300, 3),
     (40, 300, 7, 280),
+    # factors of many columns for few rows: used row by row where they lie by rows
+    (1, 300, 70, 64), (4, 65, 129, 128), (3, 600, 43, 64), (14, 270, 66, 64), (1, 1, 1, 128),
     # few rows beyond one piece of columns, either way; a weight that is packed in several deep pieces
     (3, 40, 4200, 5), (2, 4200, 40, 3), (70, 2100, 40, 3),
 ]  # fmt: skip
