@@ -168,6 +168,7 @@ def write_table(path: Path, table: Table) -> None:
     """Write a table, a row a line; the file appears whole or not at all."""
     rows = ",\n".join(json.dumps(row.to_json()) for row in table)
     write_whole(path, f'{{"version": {VERSION}, "rows": [\n{rows}\n]}}\n' if rows else '{"version": 1, "rows": []}\n')
+    path.chmod(0o644)  # an aside file is its owner's alone; a table is shipped
 
 
 def write_whole(path: Path, text: str) -> None:
