@@ -1,5 +1,10 @@
 """Benchmarks, one file per question; `python -m svdkern bench` lists them. Not installed: they come with the sources."""
 
+import os
+
+# What a user has tuned on this machine is not what others get: the choices that are measured are the shipped ones.
+os.environ["SVDKERN_CACHE_DIR"] = os.devnull
+
 BENCHES = {
     "linear": "one adapted layer, against the frozen one and every other way to compute it",
     "model_step": "a whole training step of a model, time and memory",
@@ -10,6 +15,7 @@ BENCHES = {
     "ceilings": "what this machine can do at most",
     "roofline": "the floor and the predicted time of each design, for a GPU or CPU",
     "blocks": "whether the CPU kernels' block sizes are right for this CPU",
+    "confirm": "predictions of the roofline beside measurements",
     "compare": "two runs side by side",
     "report": "tables and plots from the result files",
 }

@@ -1,7 +1,4 @@
 // One instruction set's kernels behind a C function, for blocks.py: built once for every value of a block size.
-#include <thread>
-#include <vector>
-
 #include "cpu/primitives.h"
 
 using namespace svdkern;
@@ -13,11 +10,8 @@ int64_t threads = 1;
 void split(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
   const int64_t most = larger<int64_t>(1, (end - begin + grain - 1) / larger<int64_t>(1, grain));
   const int64_t n = smaller(threads, most);
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < n; ++i)
-    others.emplace_back(body, begin + (end - begin) * i / n, begin + (end - begin) * (i + 1) / n, context);
-  body(begin, begin + (end - begin) / n, context);
-  for (auto& thread : others) thread.join();
+#pragma omp parallel for num_threads(n)  // threads that stay, as PyTorch's do: their workspace stays with them
+  for (int64_t i = 0; i < n; ++i) body(begin + (end - begin) * i / n, begin + (end - begin) * (i + 1) / n, context);
 }
 
 Matrix rows(const void* data, int64_t m, int64_t n, DType dtype) { return {data, m, n, n, 1, dtype}; }

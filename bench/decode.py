@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     quiet_transformers()
     options.provenance = machine.provenance(options.device)
+    results.say_if_refused(options.provenance, options.out)
     for batch in tqdm(options.batch, desc="decode", unit="batch", file=sys.stderr):
         rows = measure(batch, options)
         for row in rows:

@@ -13,17 +13,19 @@
 # A copy without .git is told its commit by BENCH_COMMIT; without that nothing it measures counts as a result.
 #
 # Written to $OUT (default runs/device), anew after every stage: summary.json (stages with exit status and seconds) and
-# device.tar.gz (logs, tests.xml, results/<machine>/*.jsonl and plots, refused/). The parts lie in $PARTS (runs/device-parts).
+# device.tar.gz (logs, tests.xml, results/<machine>/*.jsonl and plots, refused/). The parts lie in $OUT.parts until the next
+# run of all stages.
 
 set -u -o pipefail
+OUT=$(realpath -m "${OUT:-$(dirname "${BASH_SOURCE[0]}")/../runs/device}")
+PARTS=$OUT.parts # beside it: whoever carries $OUT away wants few files
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-OUT=${OUT:-runs/device}
-PARTS=${PARTS:-$PWD/runs/device-parts}
 REHEARSE=${REHEARSE:-}
 TOTAL_SECONDS=${TOTAL_SECONDS:-570}
-STAGES=${STAGES:-environment build doctor tests accuracy ceilings linear memory compile plots}
 if [ -n "${SYSTEM:-}" ]; then PYTHON=${PYTHON:-python3}; else PYTHON=${PYTHON:-.venv/bin/python}; fi
+[ -n "${STAGES:-}" ] || rm -rf "$PARTS" # all of them: nothing of an earlier run counts
+STAGES=${STAGES:-environment build doctor tests accuracy ceilings linear memory compile plots}
 mkdir -p "$OUT" "$PARTS"
 touch "$PARTS/stages.tsv"
 
@@ -32,6 +34,7 @@ if [ -n "$REHEARSE" ]; then
   SHAPES="64x128x96x8 1x128x128x8"
   ACCURACY_SHAPES="16x64x48x4"
   SECONDS_A_GROUP=0.2
+  TESTS="tests/test_functional.py -k gates" # what needs a GPU cannot run here
 else
   DEVICE=cuda
   # Training at two model sizes and three ranks, SmolLM2's layers, decoding, call overhead.
@@ -39,6 +42,7 @@ else
           1024x1536x576x16 1x4096x4096x16 16x4096x4096x16 4x64x64x4"
   ACCURACY_SHAPES="512x1024x1024x16 512x1024x1024x128 4x4096x1024x16"
   SECONDS_A_GROUP=1.5
+  TESTS="-m gpu"
 fi
 export BENCH_RESULTS="$PARTS/results" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -50,7 +54,7 @@ parts, out, device, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2
 stages = {}
 for line in (parts / "stages.tsv").read_text().splitlines():
     name, status, took = line.split("\t")
-    meaning = {"0": "ok", "5": "no test was selected" if name == "tests" else "failed", "124": "out of time"}
+    meaning = {"0": "ok", "124": "out of time"}
     stages[name] = {"stage": name, "rc": int(status), "seconds": int(took), "result": meaning.get(status, "failed")}
 summary = {"device": device, "seconds": seconds, "stages": list(stages.values())}
 (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -74,8 +78,7 @@ stage() { # stage NAME LIMIT COMMAND...
     [ "$status" -eq 137 ] && status=124
     tail -n 5 "$PARTS/$name.log"
   fi
-  # The rehearsal has no GPU, so pytest selects no test: its status 5.
-  [ "$status" -eq 0 ] || { [ -n "$REHEARSE" ] && [ "$status" -eq 5 ]; } || FAILED=1
+  [ "$status" -eq 0 ] || FAILED=1
   printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$PARTS/stages.tsv"
   echo "== $name: exit status $status after $((SECONDS - start)) s"
   summary
@@ -105,7 +108,7 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
     stage build 180 "$PYTHON" setup.py build_ext --inplace
   fi
   stage doctor 30 "$PYTHON" -m svdkern doctor
-  stage tests 120 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$PARTS/tests.xml"
+  stage tests 120 "$PYTHON" -m pytest -q $TESTS -p no:cacheprovider --junitxml="$PARTS/tests.xml"
   stage accuracy 60 "$PYTHON" -m svdkern bench accuracy --device "$DEVICE" --shapes $ACCURACY_SHAPES
   stage ceilings 30 "$PYTHON" -m svdkern bench ceilings --device "$DEVICE"
   stage linear 170 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes $SHAPES --seconds "$SECONDS_A_GROUP" \

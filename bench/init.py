@@ -121,8 +121,8 @@ def _row(name: str, matrix: str, n: int, k: int, measured: timing.Timing | None,
         provider=name,
         dtype=options.dtype,
         matrix=matrix,
-        M=n,
-        N=k,
+        N=n,
+        K=k,
         r=options.rank,
         **results.timed(measured, None),
         err_vs_best=found[0],
@@ -191,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="add to this file instead of bench/results/<machine>/init.jsonl")
     options = parser.parse_args(arguments)
     options.provenance = machine.provenance(options.device)
+    results.say_if_refused(options.provenance, options.out)
     groups = [(kind, n, k) for n, k in options.shapes for kind in options.matrices]
     for kind, n, k in tqdm(groups, desc="init", unit="matrix", file=sys.stderr):
         rows = measure(kind, n, k, options)

@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Variables that make a CPU pretend to be a lesser one. A result measured under them says so.
 FORCED_ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "SVDKERN_CPU_ISA")
 
+# Variables that make svdkern choose otherwise than it does for everyone.
+CHOICE_VARIABLES = ("SVDKERN_BACKEND", "SVDKERN_AUTOTUNE")
+
 PACKAGES = ("svdkern", "triton", "peft", "transformers")
 
 
@@ -127,6 +130,8 @@ def commit() -> tuple[str, bool]:
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
     """The fields of a row that say where it comes from."""
     head, dirty = commit()
+    if set_here := [name for name in CHOICE_VARIABLES if os.environ.get(name) not in (None, "", "0")]:
+        raise SystemExit(f"{', '.join(set_here)} is set: svdkern's rows would not be its own choice; unset it")
     return {
         "device": torch.device(device).type,
         "machine": machine(device),

@@ -85,16 +85,11 @@ class Group:
 def layers(machine: Machine, mode: str, cases: Sequence[Case] | None = None) -> list[Group]:
     """Groups of `linear` rows in the order of `cases` (of the file without), dtypes as DTYPES orders them.
 
-    Where the frozen layer did not run in a dtype, the yardstick is the frozen layer in fp32, which carries its own dtype.
+    Where the frozen layer did not run in a dtype, the yardstick is the frozen layer in fp32.
     """
     found: dict[tuple[Case, str], dict[str, Row]] = {}
-    in_fp32: dict[Case, Row] = {}
     for row in machine.rows.get("linear", ()):
-        if row["mode"] != mode:
-            continue
-        if row["provider"] == "frozen_fp32":
-            in_fp32[case_of(row)] = row
-        else:
+        if row["mode"] == mode:
             found.setdefault((case_of(row), row["dtype"]), {})[row["provider"]] = row
     wanted = dict.fromkeys(case for case, _ in found) if cases is None else cases
     groups = []
@@ -103,7 +98,7 @@ def layers(machine: Machine, mode: str, cases: Sequence[Case] | None = None) -> 
             if rows := found.get((case, dtype)):
                 frozen = rows.get("frozen")
                 ran = frozen is not None and frozen["median_s"] is not None
-                groups.append(Group(case, dtype, rows, frozen if ran else in_fp32.get(case)))
+                groups.append(Group(case, dtype, rows, frozen if ran else rows.get("frozen_fp32")))
     return groups
 
 
@@ -159,5 +154,5 @@ def achieved(row: Row) -> Achieved:
     if row["provider"].startswith("frozen"):
         mode = mode if "x" in case.mask else "fwd"
         case = replace(case, r=0, mask="x")
-    size = 4 if row["dtype"] == "fp32" else 2
+    size = 4 if "fp32" in (row["dtype"], row["provider"].removeprefix("frozen_")) else 2
     return Achieved(case.flops(mode) / row["median_s"], case.traffic(mode, size) / row["median_s"])

@@ -3,8 +3,8 @@
     python -m svdkern bench memory
 
 The peak that a call adds to the memory of the tensors it is given, gradients it returns included, and how much of that is
-beyond the frozen layer's. On a CPU one process a provider, whose resident memory is read before and at the peak (VmHWM;
-the first call, which brings library code and workspace that stays, is part of it); on a GPU torch's own counters.
+beyond the frozen layer's. On a CPU one process a provider, whose resident memory is read before the call and at
+its peak (VmHWM), after a call with few rows that brings library code and threads; on a GPU torch's own counters.
 Adds to bench/results/<machine>/memory.jsonl one line a (case, dtype, provider).
 """
 
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m svdkern bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", type=Case.parse, nargs="+", default=list(CASES), metavar="MxKxNxr")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: fp32, and bf16 where ATen has it")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(DEFAULT_PROVIDERS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="add to this file instead of bench/results/<machine>/memory.jsonl")
@@ -122,9 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     import svdkern  # noqa: F401  its kernels say which instruction set is in force
 
-    if options.device == "cpu" and not machine.bf16_hardware():
-        options.dtypes = [name for name in options.dtypes if name == "fp32"]  # ATen would take minutes a call
+    if options.dtypes is None:  # without bf16 ATen would take minutes a call
+        options.dtypes = ["fp32", "bf16"] if options.device != "cpu" or machine.bf16_hardware() else ["fp32"]
     options.provenance = machine.provenance(options.device)
+    results.say_if_refused(options.provenance, options.out)
     groups = [(case, dtype) for case in options.shapes for dtype in options.dtypes]
     for case, dtype in tqdm(groups, desc="memory", unit="group", file=sys.stderr):
         rows = measure(case, dtype, options)

@@ -172,13 +172,13 @@ def init(machine: Machine) -> Figure | None:
         return None
     shown = colours(row["provider"] for row in rows)
     markers = dict(zip(dict.fromkeys(row["matrix"] for row in rows), cycle(MARKERS), strict=False))
-    figure, panels = grid(list(dict.fromkeys((row["M"], row["N"], row["r"]) for row in rows)))
+    figure, panels = grid(list(dict.fromkeys((row["N"], row["K"], row["r"]) for row in rows)))
     for row in rows:
-        ax = panels[row["M"], row["N"], row["r"]]
+        ax = panels[row["N"], row["K"], row["r"]]
         look = {"color": shown[row["provider"]], "marker": markers[row["matrix"]]}
         ax.scatter(row["median_s"], row["err_vs_best"], s=26, alpha=0.8, **look)
-    for (m, n, r), ax in panels.items():
-        ax.set(xscale="log", xlabel="seconds", title=f"{m}×{n}, r={r}")
+    for (n, k, r), ax in panels.items():
+        ax.set(xscale="log", xlabel="seconds", title=f"{n}×{k}, r={r}")
         ax.set_yscale("symlog", linthresh=1e-8)  # an error may be zero
     for provider, colour in shown.items():
         ax.plot([], [], color=colour, lw=5, label=title(provider))

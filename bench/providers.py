@@ -225,6 +225,13 @@ class Compile(Provider):
 
     compiled: Callable[..., Tensor] | None = None
 
+    @staticmethod
+    def start_anew() -> None:
+        """Forget what was compiled: beyond a few shapes of one function the compiler gives up, silently."""
+        if Compile.compiled is not None:
+            torch._dynamo.reset()
+            Compile.compiled = None
+
     def __init__(self, operands: Operands) -> None:
         super().__init__(operands)
         if operands.dropout:

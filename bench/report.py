@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import plots, results
 from bench.machine import ROOT, machine_id
@@ -52,10 +53,13 @@ def add(path: Path, folder: Path) -> str:
     for row in rows:
         if reason := results.refusal(row):
             return f"did not file {path}: {row['provider']}: {reason}"
-    target = folder / machine_id(rows[0]) / f"{rows[0]['bench']}.jsonl"
-    before = results.read_jsonl(target) if target.exists() else []
-    results.append(target, [row for row in rows if row not in before])
-    return f"filed {path} in {target}"
+    targets: dict[Path, list[dict[str, Any]]] = {}
+    for row in rows:
+        targets.setdefault(folder / machine_id(row) / f"{row['bench']}.jsonl", []).append(row)
+    for target, those in targets.items():
+        before = results.read_jsonl(target) if target.exists() else []
+        results.append(target, [row for row in those if row not in before])
+    return f"filed {path} in {', '.join(map(str, targets))}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,10 +34,10 @@ OUTCOME = ("status", "reason")
 CASE = {  # what names a case, bench by bench, provider included
     "linear": ("provider", "dtype", "factor_dtype", "M", "K", "N", "r", "dropout", "mask", "mode"),
     "model_step": ("provider", "dtype", "factor_dtype", "model", "tokens", "sequence", "r"),
-    "decode": ("provider", "dtype", "model", "batch", "r"),
+    "decode": ("provider", "dtype", "factor_dtype", "model", "batch", "r"),
     "memory": ("provider", "dtype", "M", "K", "N", "r"),
     "accuracy": ("provider", "dtype", "factor_dtype", "data", "M", "K", "N", "r"),
-    "init": ("provider", "dtype", "matrix", "M", "N", "r"),
+    "init": ("provider", "dtype", "matrix", "N", "K", "r"),
     "ceilings": ("provider", "dtype"),
     "blocks": ("provider", "dtype", "value", "M", "K", "N", "r"),
 }
@@ -109,6 +109,20 @@ def refusal(row: Row) -> str | None:
     return None
 
 
+def is_yardstick(row: Row) -> bool:
+    """Whether the ratios of its group are to this row."""
+    return row["provider"] in ("frozen", "frozen_fp32") or row.get("shipped") is True
+
+
+def say_if_refused(provenance: Mapping[str, Any], out: Path | None) -> None:
+    """Before anything is measured for nothing."""
+    if provenance["dirty"] and out is None:
+        print(
+            "the tree has changes outside bench/results: this run will file nothing (--out FILE keeps it)",
+            file=sys.stderr,
+        )
+
+
 def record(rows: Sequence[Row], *, out: Path | None = None) -> None:
     """Add rows to their machine's file, or to `out`; say which were refused, and why, and keep those apart.
 
@@ -119,12 +133,10 @@ def record(rows: Sequence[Row], *, out: Path | None = None) -> None:
     if out is not None:
         append(out, rows)
         return
-    yardstick = next(
-        (reason for row in rows if str(row["provider"]).startswith("frozen") and (reason := refusal(row))), None
-    )
+    yardstick = next((reason for row in rows if is_yardstick(row) and (reason := refusal(row))), None)
     kept, refused = [], {}
     for row in rows:
-        reason = refusal(row) or (f"the frozen layer: {yardstick}" if yardstick else None)
+        reason = refusal(row) or (f"what its ratio is to: {yardstick}" if yardstick else None)
         if reason is None:
             kept.append(row)
         else:
@@ -150,7 +162,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     """The last row of every case, in the order of the cases' first rows."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        found[tuple(row[field] for field in CASE[row["bench"]])] = row
+        found[tuple(row[field] for field in (*CASE[row["bench"]], "machine", "threads"))] = row
     return list(found.values())
 
 

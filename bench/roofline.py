@@ -1,8 +1,10 @@
 """What should one adapted layer cost? Its floor on a device and the predicted time of each design: a model, not a measurement.
 
-    python -m bench.roofline --device h100 --shapes 8192x4096x4096x16 --dtype bf16 --mode fwd
-    python -m bench.roofline --device mine.json --store                  a device of one's own: the fields of `Device`
-    python -m bench.roofline --device bench/results/<machine>/ceilings.jsonl --compare bench/results/<machine>/linear.jsonl
+    python -m svdkern bench roofline --device h100 --shapes 8192x4096x4096x16 --dtype bf16 --mode fwd
+    python -m svdkern bench roofline --device mine.json                  a device of one's own: the fields of `Device`
+    python -m svdkern bench roofline --device bench/results/<machine>/ceilings.jsonl --store
+
+What is stored is held against measurements by `python -m svdkern bench confirm`.
 
 `floor`: a pass takes max(flops / peak, bytes / bandwidth), every tensor moved once; its ratio is to the frozen layer's own
 floor. Other ratios are to the predicted time of `frozen`, last wave included: what fits beside a last wave is free, so such a
@@ -33,7 +35,6 @@ import json
 import math
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -41,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
-from bench.cases import DTYPES, MODES, Case
+from bench.cases import DTYPES, MODES, SETS, Case
 
 MODEL = 1  # version of the equations: a stored prediction names the one it comes from
 OWN_SHARE = 0.9  # of the FMA peak, what the packed product of the CPU backend is expected to reach
@@ -265,10 +266,6 @@ CANDIDATES: dict[str, dict[str, Callable[[Pass], list[Launch]]]] = {
             "recompute": Pass.recompute, "unfused": Pass.unfused, "eager": Pass.eager, "peft": Pass.peft},
     "cpu": {"frozen": Pass.frozen, "fused": Pass.fused, "steps": Pass.unfused, "eager": Pass.eager, "peft": Pass.peft},
 }  # fmt: skip
-PROVIDERS = {  # of bench.linear: the candidate that says what it should take
-    "gpu": {"frozen": "frozen", "eager": "eager", "addmm": "unfused", "peft_default": "peft", "svdkern": "persistent"},
-    "cpu": {"frozen": "frozen", "eager": "eager", "addmm": "steps", "peft_default": "peft", "svdkern": "fused"},
-}
 
 
 def gpu(name: str, source: str, bf16: float, tf32: float, fp32: float, **fields: Any) -> Device:
@@ -342,29 +339,6 @@ def describe(device: Device, rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def compare(device: Device, rows: Iterable[results.Row]) -> str:
-    """Predicted against measured rows of bench.linear; by candidate the geometric means of max(p/m, m/p) and of p/m."""
-    providers, ratios = PROVIDERS[device.kind], defaultdict[str, list[float]](list)
-    form = "{:22}{:6}{:9}{:14}{:12}{:>14}{:>14}{:>8}"
-    lines = [form.format("shape", "dtype", "mode", "provider", "candidate", "predicted ms", "measured ms", "p/m")]
-    for row in results.latest(row for row in rows if row["bench"] == "linear" and row["provider"] in providers):
-        like = (row["status"], row["dropout"], row["mask"], row["device"] == "cpu")
-        if like != ("ok", 0.0, "xuv", device.kind == "cpu"):
-            continue
-        case, candidate = Case(*(row[field] for field in "MKNr")), providers[row["provider"]]
-        found = {one["candidate"]: one["predicted_s"] for one in predict(device, case, row["dtype"], row["mode"])}
-        ms, measured_ms = found[candidate] * 1e3, row["median_s"] * 1e3
-        ratios[candidate].append(ms / measured_ms)
-        figures = (f"{ms:.4f}", f"{measured_ms:.4f}", f"{ms / measured_ms:.2f}")
-        lines.append(form.format(str(case), row["dtype"], row["mode"], row["provider"], candidate, *figures))
-    if not ratios:
-        raise ValueError(f"no measured row of {', '.join(providers)} on a {device.kind}")
-    for name, those in {**ratios, "all": sum(ratios.values(), [])}.items():
-        error, bias = map(results.geometric_mean, ([max(ratio, 1 / ratio) for ratio in those], those))
-        lines.append(f"{name}: geometric mean error {error:.2f}, of p/m {bias:.2f}, {len(those)} rows")
-    return "\n".join(lines)
-
-
 def known_device(text: str) -> Device:
     """By name, from a .json file with the fields of `Device`, or from a .jsonl file of ceilings."""
     path, known = Path(text), ", ".join(DEVICES)
@@ -384,22 +358,21 @@ SHAPES = ("8192x4096x4096x16", "8192x4096x4096x64", "8192x4096x4096x128", "2048x
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m svdkern bench roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", type=known_device, default="h100", help=f"{', '.join(DEVICES)}, or a file")
     parser.add_argument("--shapes", type=Case.parse, nargs="+", default=[*map(Case.parse, SHAPES)], metavar="MxKxNxr")
+    parser.add_argument("--set", choices=SETS, help="the cases of a set of bench linear instead")
     parser.add_argument("--dtype", choices=SIZES, default="bf16")
     parser.add_argument("--mode", choices=MODES, default="fwd_bwd")
     parser.add_argument("--json", metavar="-", choices=["-"], help="JSON lines to standard output, not a table")
     parser.add_argument("--store", action="store_true", help="add the rows to bench/results/<device>/roofline.jsonl")
-    parser.add_argument("--compare", type=Path, metavar="RESULTS.jsonl", help="rows of bench.linear beside predictions")
     options = parser.parse_args(arguments)
-    device = options.device
+    device, shapes = options.device, SETS[options.set].cases if options.set else options.shapes
     try:
-        if options.compare:
-            print(compare(device, results.read_jsonl(options.compare)))
-            return 0
-        rows = [row for case in options.shapes for row in predict(device, case, options.dtype, options.mode)]
+        rows = [row for case in shapes for row in predict(device, case, options.dtype, options.mode)]
     except (OSError, ValueError, KeyError) as error:
         parser.error(results.why(error))
     if options.store:

@@ -32,7 +32,6 @@ def one_set(case: Case, dtype: str) -> Operands:
     return make_operands(case, DTYPES[dtype], torch.device("cpu"))[0]
 
 
-@functools.cache
 def call_of(name: str, case: Case, dtype: str) -> Callable[[int], object]:
     copies = timing.rotation_length(case.bytes(DTYPES[dtype].itemsize), cap_bytes=128 << 20)
     operands = make_operands(case, DTYPES[dtype], torch.device("cpu"), copies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import accuracy, cases, ceilings, compare, init, linear, machine, memory, results  # noqa: E402
+from bench import accuracy, blocks, cases, ceilings, compare, init, linear, machine, memory, results  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.providers import DTYPES, PROVIDERS, adapted, make_operands, relative_error, truth  # noqa: E402
 from svdkern import bench_command, cli  # noqa: E402
@@ -98,7 +99,19 @@ def test_what_is_no_result_is_kept_apart(
 
 def test_without_a_yardstick_there_is_no_result(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results.record([row(spread=0.5), row("eager")])
-    assert not (folders / "results").exists() and "the frozen layer: its spread" in capsys.readouterr().err
+    assert not (folders / "results").exists() and "what its ratio is to: its spread" in capsys.readouterr().err
+
+
+def test_only_what_ratios_are_to_takes_the_group_with_it(folders: Path) -> None:
+    results.record([row(), row("frozen_svdkern", spread=0.5), row("eager")])
+    filed = results.read_jsonl(folders / "results" / "some-cpu-3-ghz-2-cores-avx2" / "linear.jsonl")
+    assert [r["provider"] for r in filed] == ["frozen", "eager"]
+
+
+def test_what_is_set_here_alone_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVDKERN_BACKEND", "eager")
+    with pytest.raises(SystemExit, match="SVDKERN_BACKEND is set"):
+        machine.provenance()
 
 
 def test_a_failure_is_a_result_and_an_asked_file_takes_all(folders: Path) -> None:
@@ -190,7 +203,7 @@ def test_every_set_is_listed_once() -> None:
 
 
 RIVALS = sorted(set(PROVIDERS) - {"compile", "svdkern", "svdkern-eager", "svdkern-cpu", "frozen_svdkern"})
-OURS = ["svdkern", "svdkern-eager", "frozen_svdkern"]
+OURS = ["svdkern", "svdkern-cpu", "svdkern-eager", "frozen_svdkern"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -200,7 +213,7 @@ OURS = ["svdkern", "svdkern-eager", "frozen_svdkern"]
 def test_every_provider_computes_the_layer(name: str, dtype: str, mask: str, dropout: float) -> None:
     if dropout and (name == "materialised" or not adapted(name)):
         pytest.skip("has no dropout")
-    if name == "frozen_svdkern" and not hasattr(torch.ops.svdkern, "_cpu_linear"):
+    if name in ("frozen_svdkern", "svdkern-cpu") and not hasattr(torch.ops.svdkern, "_cpu_linear"):
         pytest.skip("needs the compiled extension")
     operands = make_operands(Case(7, 24, 40, 3, dropout, mask), DTYPES[dtype], CPU)[0]
     layer = PROVIDERS[name](operands)
@@ -261,6 +274,23 @@ def test_a_provider_that_fails_is_a_row_with_its_reason(
 
 
 @pytest.mark.usefixtures("no_ceilings")
+@pytest.mark.parametrize("how", ["raises", "wrong", "beyond"])
+def test_svdkern_failing_is_a_failure_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    forward = PROVIDERS["svdkern-eager"].forward
+
+    def broken(self: Any) -> torch.Tensor:
+        if how == "raises":
+            raise RuntimeError("no such kernel")
+        return forward(self) * (2.0 if how == "wrong" else 1 + 1e-5)
+
+    monkeypatch.setattr(PROVIDERS["svdkern-eager"], "forward", broken)
+    assert linear.main([*(a if a != "eager" else "svdkern-eager" for a in LINEAR)]) == 1
+    assert "1 results of svdkern are wrong or missing" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_ceilings")
 def test_slow_half_precision_is_skipped_and_compared_with_fp32(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,7 +299,7 @@ def test_slow_half_precision_is_skipped_and_compared_with_fp32(
     linear.main(["8x16x8x2" if a == "4x16x8x2" else "bf16" if a == "fp32" else a for a in LINEAR])
     rows = {r["provider"]: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
     assert rows["frozen"]["status"] == "skipped" and "50 s" in rows["frozen"]["reason"]
-    assert rows["frozen_fp32"]["dtype"] == "fp32" and rows["frozen_fp32"]["ratio_to_frozen"] == 1.0
+    assert rows["frozen_fp32"]["dtype"] == "bf16" and rows["frozen_fp32"]["ratio_to_frozen"] == 1.0
     assert rows["eager"]["ratio_to_frozen"] is not None and "fp32" in rows["eager"]["reason"]
 
 
@@ -299,6 +329,41 @@ def test_accuracy_checks_what_is_ours(capsys: pytest.CaptureFixture[str], tmp_pa
     rows = results.read_jsonl(out)
     assert len(rows) == 3 * 3 * 2 and all(r["status"] == "ok" and r["err_y"] > 0 for r in rows)
     assert all((r["err_limit"] is not None) == (r["provider"] == "svdkern") for r in rows)
+
+
+def test_accuracy_fails_where_ours_is_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    exact = accuracy.truth
+
+    def off(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return {name: value * (1.5 if name == "du" else 1.0) for name, value in exact(*args, **kwargs).items()}
+
+    monkeypatch.setattr(accuracy, "truth", off)
+    out = tmp_path / "accuracy.jsonl"
+    arguments = [
+        "--shapes",
+        "6x200x24x3",
+        "--dtypes",
+        "fp32",
+        "--data",
+        "cancelling",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
+    assert accuracy.main([*arguments, "--providers", "svdkern"]) == 1
+    (found,) = results.read_jsonl(out)
+    assert found["status"] == "failed" and "beyond its limits" in found["reason"]
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.svdkern, "_cpu_isa"), reason="needs the compiled extension")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16", "amx_bf16"])
+def test_block_sizes_are_found_in_the_sources(isa: str, dtype: str) -> None:
+    for name, block in blocks.blocks(isa, dtype).items():
+        shipped = blocks.value_in((blocks.CSRC / block.file).read_text(), block)
+        assert re.fullmatch(r"\d+( << \d+)?", shipped), f"{name}: {shipped!r}"
+        assert len(block.values) >= 3
 
 
 def test_init_knows_the_best_and_who_repeats_himself(tmp_path: Path) -> None:

@@ -69,13 +69,13 @@ MEMORY = [
     for provider, over in (("frozen", 0.0), ("eager", 4.25), ("svdkern", 0.5))
 ]
 INIT = [
-    row("init", provider=provider, dtype="fp32", matrix=matrix, M=4096, N=4096, r=r, median_s=seconds,
+    row("init", provider=provider, dtype="fp32", matrix=matrix, N=4096, K=4096, r=r, median_s=seconds,
         err_vs_best=error, err_sigma=error, same_again=True)
     for matrix in ("decaying", "flat")
     for r in (16, 128)
     for provider, seconds, error in (("linalg.svd", 8.0, 0.0), ("svd_lowrank", 0.09, 1e-1), ("svdkern", 0.15, 1e-6))
 ]  # fmt: skip
-WHOLE = row("init", provider="svdkern", dtype="bf16", matrix="Tiny", M=0, N=0, r=16, median_s=5.0)
+WHOLE = row("init", provider="svdkern", dtype="bf16", matrix="Tiny", N=0, K=0, r=16, median_s=5.0)
 MODEL = {"model": "Tiny", "tokens": 1024, "sequence": 256, "r": 16}
 MODEL_STEP = [
     row(
@@ -162,7 +162,7 @@ def test_shapes_name_dropout_and_the_gradients_that_are_wanted() -> None:
 def test_the_frozen_layer_in_fp32_is_the_yardstick_where_the_dtypes_own_did_not_run(
     tmp_path: Path, frozen: list[dict[str, Any]]
 ) -> None:
-    rows = [linear(SQUARE, "frozen_fp32", 2e-3), *frozen, linear(SQUARE, "eager", None, "bf16")]
+    rows = [linear(SQUARE, "frozen_fp32", 2e-3, "bf16"), *frozen, linear(SQUARE, "eager", None, "bf16")]
     text = made(tmp_path, "linear", [*rows, linear(SQUARE, "svdkern", 1.1e-3, "bf16")])
     assert "| M=2048, 2048→2048, r=16 | bf16 | 2 ms (fp32) | – | **1.10** |" in text
 
@@ -365,7 +365,7 @@ def test_plots_show_what_was_measured(tmp_path: Path) -> None:
 
 def linear_without_bf16() -> list[dict[str, Any]]:
     case = SETS["rows"].cases[0]
-    return [linear(case, "frozen_fp32", 1e-3), linear(case, "svdkern", 1.2e-3, "fp16")]
+    return [linear(case, "frozen_fp32", 1e-3, "fp16"), linear(case, "svdkern", 1.2e-3, "fp16")]
 
 
 def test_plots_of_benches_that_are_gone_are_removed(tmp_path: Path) -> None:

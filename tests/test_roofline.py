@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench import results, roofline
-from bench.cases import MODES, Case
+from bench.cases import MODES, SETS, Case  # noqa: E402
 from bench.roofline import DEVICES, SHAPES, Device, Pass, device_from_ceilings, floor_s, main, makespan, predict, waves
 
 H100 = DEVICES["h100"]
@@ -313,61 +313,10 @@ def test_a_bad_shape_is_refused(shape: str, capsys: pytest.CaptureFixture[str]) 
     assert shape in refused(["--shapes", shape], capsys)
 
 
-# --------------------------------------------------------------------------------------------------------- compare
-
-
-def measured(provider: str, median_s: float | None, **changes: Any) -> dict[str, Any]:
-    timing = {**dict.fromkeys(results.TIMING), "median_s": median_s}
-    values = {"dtype": "bf16", "factor_dtype": "fp32", "M": 8192, "K": 4096, "N": 4096, "r": 16, "dropout": 0.0, "mask": "xuv",
-              "mode": "fwd_bwd", "err_vs_fp64": None, "err_limit": None, "seed": 0}  # fmt: skip
-    outcome = results.outcome(median_s is not None, None)
-    return results.make(
-        "linear", **{"provider": provider, **timing, **values, **outcome, **PROVENANCE, "device": "cuda", **changes}
-    )
-
-
-def test_predictions_beside_made_up_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = seconds(H100, LAYER)
-    rows = [
-        measured("frozen", 9.0),  # the later row of a case counts
-        measured("frozen", expected["frozen"]),
-        measured("addmm", expected["unfused"] * 2),
-        measured("addmm", expected["unfused"] / 2, mode="fwd_bwd", factor_dtype="bf16"),
-        measured("svdkern", expected["persistent"] / 4),
-        measured("svdkern", 1.0, dropout=0.1),
-        measured("svdkern", 1.0, mask="x"),
-        measured("svdkern", 1.0, device="cpu", r=64),
-        measured("peft_default", None),
-        measured("compile", 1.0),
-        CEILINGS[0],
+@pytest.mark.parametrize("name", ["readme", "ranks"])
+def test_a_set_of_cases_is_predicted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--set", name, "--json", "-"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["M"], row["K"], row["N"], row["r"]) for row in rows if row["candidate"] == "floor"] == [
+        (case.M, case.K, case.N, case.r) for case in SETS[name].cases
     ]
-    path = tmp_path / "linear.jsonl"
-    path.write_text(results.to_jsonl(rows))
-    assert main(["--compare", str(path)]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split()[3:5] for line in table[1:5]] == [["frozen", "frozen"], ["addmm", "unfused"], ["addmm", "unfused"],
-                                                          ["svdkern", "persistent"]]  # fmt: skip
-    assert [line.split()[-1] for line in table[1:5]] == ["1.00", "0.50", "2.00", "4.00"]
-    assert table[5:] == [
-        "frozen: geometric mean error 1.00, of p/m 1.00, 1 rows",
-        "unfused: geometric mean error 2.00, of p/m 1.00, 2 rows",
-        "persistent: geometric mean error 4.00, of p/m 4.00, 1 rows",
-        "all: geometric mean error 2.00, of p/m 1.41, 4 rows",
-    ]
-
-
-def test_a_cpu_s_rows_correspond_to_its_own_candidates() -> None:
-    found = seconds(CPU, LAYER)
-    rows = [measured(name, found[candidate], device="cpu") for name, candidate in roofline.PROVIDERS["cpu"].items()]
-    lines = roofline.compare(CPU, rows).splitlines()
-    assert [line.split()[4] for line in lines[1:6]] == ["frozen", "eager", "steps", "peft", "fused"]
-    assert lines[-1] == "all: geometric mean error 1.00, of p/m 1.00, 5 rows"
-
-
-def test_nothing_to_compare_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "linear.jsonl"
-    path.write_text(results.to_jsonl([measured("frozen", 1.0, device="cpu")]))
-    assert "no measured row of frozen, eager, addmm, peft_default, svdkern on a gpu" in refused(
-        ["--compare", str(path)], capsys
-    )
-    assert "No such file" in refused(["--compare", str(tmp_path / "absent.jsonl")], capsys)

@@ -10,8 +10,9 @@
 //
 // Workspace: many rows: panel_bytes of panels (one panel where in is larger than that allows) and for each thread
 // block_bytes of packed rows (one strip likewise) and 0.3 MB of sums. Few rows: packed rows, (M, in + r) in the packed
-// type, and for each thread 0.6 MB of sums and a piece of panels. Kept between calls up to Arena::kept a thread.
-// Sums run over blocks of k whose bounds depend on the shape alone: no bit depends on threads or blocks.
+// type, and for each thread 0.6 MB of sums (1.1 MB above 512 rows) and a piece of panels. Kept between calls up to
+// Arena::kept a thread. Sums run over blocks of k whose bounds depend on the shape alone: no bit depends on threads or
+// blocks.
 #pragma once
 
 #include "engine.h"

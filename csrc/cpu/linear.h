@@ -60,9 +60,9 @@ struct Linear {
   const Row* a = nullptr;       // dots: (M, in), zero from `in` up to a multiple of row_multiple
   int64_t lda = 0;
   const Column* at = nullptr;  // rank: (in / depth, M)
-  // the adapter: zt == nullptr for none
-  const float* zt = nullptr;  // (r, M), scale included
-  const float* z = nullptr;   // the same (M, r), where F is used row by row
+  // the adapter, scale included: one of the two, or none
+  const float* zt = nullptr;  // (r, M)
+  const float* z = nullptr;   // (M, r): F is used row by row
   Matrix f;                   // (out, r)
   Dropout dropout;
   Vector bias;
@@ -251,7 +251,7 @@ inline void linear_range(const Linear<T>& job, int64_t o0, int64_t o1) {
         base_by_rank(job, m0, rows, o, n, sums, ld);
       for (int64_t i = 0; i < n; i += unit) {
         const int64_t wide = smaller(unit, n - i);
-        if (job.zt != nullptr) add_adapter(job, m0, rows, o + i, wide, sums + i, ld);
+        if (job.zt != nullptr || job.z != nullptr) add_adapter(job, m0, rows, o + i, wide, sums + i, ld);
         write_out(job, m0, rows, o + i, wide, sums + i, ld);
       }
     }

@@ -79,7 +79,7 @@ inline void linear_as(const LinearParams& p) {
   Linear<T> job;
   job.rows = rows, job.in = p.a.cols, job.out = p.out.cols;
   base_operand(job, p.w, false);
-  if (r != 0) job.zt = transposed(scratch, z, rows, r), job.f = p.f, job.dropout = p.dropout;
+  if (r != 0) set_adapter(job, z, p.f, scratch), job.dropout = p.dropout;
   job.bias = p.bias;
   job.y = static_cast<T*>(p.out.data), job.ldy = p.out.row_stride;
   take_operand(job, p.a, scratch);

@@ -4,7 +4,8 @@
 //   outer      out (L, r) = (D*a)^T q               q (M, r): one read of a, one write of out
 //
 // contract sums over L in chunks whose bounds depend on L alone, adds the chunks' sums in order, and so gives the same
-// bits for any split over threads and any number of rows. outer sums over M in order. D is applied to fp32 values.
+// bits for any split over threads (which of its two ways a block of rows takes depends on their number). outer sums
+// over M in order. D is applied to fp32 values.
 #pragma once
 
 #include "factor.h"

@@ -27,9 +27,11 @@ inline float* transposed(Scratch& scratch, const float* z, int64_t rows, int64_t
 // z (M, r) and the factor as linear.h wants them: rows of F where they lie if that is less work than turning them.
 template <class T>
 inline void set_adapter(Linear<T>& job, const float* z, const Matrix& f, Scratch& scratch) {
-  job.zt = transposed(scratch, z, job.rows, f.cols);
   job.f = f;
-  if (whole_rows(f) && job.rows <= 4 && f.cols >= 4 * W) job.z = z;
+  if (whole_rows(f) && job.rows <= 4 && f.cols >= 4 * W)
+    job.z = z;
+  else
+    job.zt = transposed(scratch, z, job.rows, f.cols);
 }
 
 template <class T>

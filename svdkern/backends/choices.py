@@ -1,9 +1,9 @@
 """Which path of the cpu backend a layer takes: what was measured here, what was measured before it was shipped, the rule.
 
 In this order: the rows that ``python -m svdkern tune`` or ``SVDKERN_AUTOTUNE=1`` left on this machine (``tuned``), the rows of
-``choices.json``, each with a layer's own row or the nearest (``table.distance``), and ``cpu.fuses``. The tables are read at
-the first call; so is the number of threads that the tuned rows are for. The shipped rows are for any number: they, and with
-them a run's bits, do not depend on it.
+``choices.json``, whichever has the nearer row (``table.distance``; the tuned one of two as near), and ``cpu.fuses``. The tables
+are read at the first call; so is the number of threads that the tuned rows are for. The shipped rows are for any number: they,
+and with them a run's bits, do not depend on it.
 
 In a distributed job every rank must make the same choice, whatever its own disk or clock says: only the shipped table and the
 rule count there.
@@ -24,7 +24,7 @@ import torch
 
 from svdkern.backends import cpu, tuned
 from svdkern.backends.measure import seconds_of_paths
-from svdkern.backends.table import PATHS, Row, Shape, Table, fastest, read_table
+from svdkern.backends.table import PATHS, Row, Shape, Table, distance, fastest, read_table
 
 log = logging.getLogger("svdkern")
 
@@ -96,11 +96,19 @@ def choose(shape: Shape, dtype: torch.dtype, *, eager: bool = True, use_tuned: b
     elif use_tuned and len(tables().tuned):
         _say_once("a distributed job: choices tuned on this machine are ignored, so that all ranks make the same")
     name = str(dtype).removeprefix("torch.")
-    for source, table in sources.items():
-        row = table.find(cpu.isa(), name, shape)
-        path = None if row is None else row.best(allowed)
-        if row is not None and path is not None:
-            return Choice(path, source if row.shape == shape else f"{source}, nearest row {_in_words(row.shape)}")
+    found = [
+        (distance(row.shape, shape), source, row, path)
+        for source, table in sources.items()
+        if (row := table.find(cpu.isa(), name, shape)) is not None and (path := row.best(allowed)) is not None
+    ]
+    if found:  # the nearest; of two as near the one that was tuned here
+        _, source, row, path = min(found, key=lambda candidate: candidate[0])
+        return Choice(path, source if row.shape == shape else f"{source}, nearest row {_in_words(row.shape)}")
+    return rule(shape, dtype)
+
+
+def rule(shape: Shape, dtype: torch.dtype) -> Choice:
+    """The path of a layer that no row is near."""
     return Choice("fused" if cpu.fuses(shape.M, shape.K, shape.N, dtype) else "steps", "rule")
 
 
@@ -131,8 +139,9 @@ def autotune(shape: Shape, dtype: torch.dtype) -> bool:
     if not _quiet() or not _measuring.acquire(blocking=False):
         return False
     try:
-        before = choose(shape, dtype, use_tuned=False).path
         paths = {path: cpu.PATHS[path] for path in paths_to_measure(shape, dtype)}
+        before = choose(shape, dtype, use_tuned=False).path
+        before = before if before in paths else "steps"  # the same calls as "eager" there
         seconds = seconds_of_paths(
             shape,
             dtype,

@@ -20,9 +20,12 @@ from svdkern.backends.formula import Backend, Gradients, as_rows, cast, gate_gra
 from svdkern.backends.philox import DROPS_ALL
 
 SMALL_M = 32
-"""Up to this many rows our kernels run, whatever ATen has: the rule's, and that of each step."""
+"""Up to this many rows each step is ours, whatever ATen has."""
 
-SMALL_WORK = 1 << 23
+FUSED_M = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}
+"""The rule's bound for one call: what does best over the layers of ``choices.json`` on every instruction set there."""
+
+SMALL_WORK = 1 << 21
 """Up to so many multiply-adds M * K * N as well: there the one call is what counts."""
 
 FROZEN_M, FROZEN_WEIGHT = 16, 1 << 24
@@ -60,7 +63,7 @@ if extension.why_missing is None:
 
 def fuses(rows: int, width: int, out: int, dtype: torch.dtype) -> bool:
     """Whether one call each way should be the fastest for a layer of this size: few rows, little work, or ``kernels_win``."""
-    return rows <= SMALL_M or kernels_win(dtype) or rows * width * out <= SMALL_WORK
+    return rows <= FUSED_M[dtype] or kernels_win(dtype) or rows * width * out <= SMALL_WORK
 
 
 def steps_are_ours(rows: int, dtype: torch.dtype) -> bool:
@@ -217,7 +220,7 @@ class FusedBackend(CpuBackend):
 
 
 PATHS: dict[str, Backend] = {"fused": FusedBackend(), "steps": CpuBackend(), "eager": EagerBackend()}
-"""The ways to compute a layer on this device, by name. Any of them may do the backward of another's forward."""
+"""The ways to compute a layer on this device, by name."""
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

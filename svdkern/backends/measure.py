@@ -64,6 +64,8 @@ def seconds_of_paths(
         cold_bytes: of weights that take turns.
         clock: as in ``svdkern.timing``.
     """
+    if _least_seconds(shape, dtype) > slowest:  # before a byte of it is taken
+        return dict.fromkeys(paths)
     operands = _operands(shape, dtype, cold_bytes)
     with torch.no_grad():
         kept = _quick_enough(operands, paths, slowest, clock)
@@ -77,6 +79,12 @@ def step(backend: Backend, o: Operands, number: int) -> Gradients:
     weight = o.weights[number % len(o.weights)]
     _, h = backend.forward(o.x, weight, o.u, o.sigma, o.v, None, o.scale, None, None, None, None, 0)
     return backend.backward(o.dy, o.x, weight, o.u, o.sigma, o.v, o.scale, None, None, None, h, None, 0, _WANT)
+
+
+def _least_seconds(shape: Shape, dtype: torch.dtype) -> float:
+    """What no CPU can beat: the layer's bytes at 1 TB/s, or its operations at 20 Tflop/s, there and back."""
+    m, k, n, _ = shape
+    return max(2 * (k * n + m * (k + n)) * dtype.itemsize / 1e12, 4.0 * m * k * n / 20e12)
 
 
 def _quick_enough(o: Operands, paths: Mapping[str, Backend], slowest: float, clock: Clock) -> dict[str, Backend]:

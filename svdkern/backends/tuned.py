@@ -3,9 +3,9 @@
     $SVDKERN_CACHE_DIR | $XDG_CACHE_HOME/svdkern | ~/.cache/svdkern
         choices/<version>/float32-1024x576x1536x16.json
 
-``<version>`` is a hash of all that a time depends on: the compiled extension's bytes, torch, the instruction sets, the number
-of threads. Files are written aside and renamed, so processes need no lock. A folder or file that is missing, unreadable,
-broken, or another user's is as good as none: that costs speed, never a result.
+``<version>`` is a hash of all that a time depends on: the compiled extension's bytes, torch, the processor, the instruction
+sets, the number of threads. Files are written aside and renamed, so processes need no lock. A folder or file that is missing,
+unreadable, broken, or another user's is as good as none: that costs speed, never a result.
 
 Layer: below ``choices``.
 """
@@ -18,6 +18,7 @@ import importlib.util
 import json
 import logging
 import os
+import platform
 import stat
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def load() -> list[Row]:
     for path in files:
         try:
             rows.append(read(path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{path.name}: {error}")
     if problems:
         log.warning("ignoring %d of %d tuned choices in %s (%s)", len(problems), len(files), place, problems[0])
@@ -117,7 +118,7 @@ def taken_over(row: Row) -> Row:
     if place is not None:
         try:
             return read(place / _file_name(row))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
     save(row)
     return row
@@ -151,7 +152,18 @@ def _file_name(row: Row) -> str:
 def _version(isa: str, threads: int) -> str:
     spec = importlib.util.find_spec("svdkern._C")
     code = Path(spec.origin).read_bytes() if spec is not None and spec.origin else b""
-    return hashlib.sha256(code + f"\0{torch.__version__}\0{isa}\0{threads}".encode()).hexdigest()[:16]
+    rest = "\0".join((torch.__version__, _processor(), isa, str(threads)))
+    return hashlib.sha256(code + b"\0" + rest.encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Its model and number of cores: a home directory may be several machines'."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor()} {os.cpu_count()}"
 
 
 @functools.cache

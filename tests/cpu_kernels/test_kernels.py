@@ -19,6 +19,8 @@ SHAPES = [
     (40, 300, 7, 280),
     # factors of many columns for few rows: used row by row where they lie by rows
     (1, 300, 70, 64), (4, 65, 129, 128), (3, 600, 43, 64), (14, 270, 66, 64), (1, 1, 1, 128),
+    # a large weight: up to 1024 rows are packed by columns
+    (530, 1100, 2000, 3),
     # few rows beyond one piece of columns, either way; a weight that is packed in several deep pieces
     (3, 40, 4200, 5), (2, 4200, 40, 3), (70, 2100, 40, 3),
 ]  # fmt: skip
@@ -34,7 +36,9 @@ def test_whole_layer(kernels: ModuleType, isa: str, dtype: str, shape: tuple[int
     for i in range(3):
         exercise.whole_layer(kernels, isa, dtype, factors[(turn + i) % 3], shape, layouts[(turn // 2 + i) % 3],
                              DROP if (turn + i) % 2 else (), forms[i], gates=(0, 1, shape[0])[i])  # fmt: skip
-    exercise.whole_layer(kernels, isa, dtype, "float32", shape, "rows", (), "sigma", weight_layout="columns")
+    exercise.whole_layer(
+        kernels, isa, dtype, "float32", shape, "rows", DROP if turn % 2 else (), "sigma", weight_layout="columns"
+    )
 
 
 @pytest.mark.parametrize("dtype", reference.DTYPES)

@@ -16,7 +16,8 @@ from pathlib import Path
 kernels = building.load(Path(sys.argv[1]))
 kernels.set_pieces(2)
 drop = (5, 6, 20000, 0)
-shapes = [(1, 65, 33, 3), (7, 129, 65, 17), (16, 530, 70, 16), (17, 33, 17, 1), (37, 131, 261, 19), (515, 34, 9, 2)]
+shapes = [(1, 65, 33, 3), (7, 129, 65, 17), (16, 530, 70, 16), (17, 33, 17, 1), (37, 131, 261, 19), (515, 34, 9, 2),
+          (4, 33, 66, 128), (3, 40, 21, 64)]
 for isa, runs in kernels.isas():
     for i, shape in enumerate(shapes if runs else []):
         for j, dtype in enumerate(["float32", "bfloat16", "float16"]):
