@@ -88,7 +88,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times the calls in turn, round after round, for about `seconds` altogether.
 
-    A call gets a running number as its only argument, with which it picks its inputs from a rotation. Calls shorter
+    A call gets a running number as its only argument, with which it picks its inputs from a rotation. All candidates share
+    the count: otherwise one would find in the caches what the one before it has just used. Calls shorter
     than `sample_seconds` are repeated within a sample, since switching candidates at every call would measure cold
     instruction caches, not the call. At its turn a candidate gives `in_a_row` samples after `settle` calls that are not
     timed: the first call after another candidate's pays for code and workspace that have left the caches, and the first
@@ -97,11 +98,11 @@ def interleave(
     if not calls:
         return {}
     names = list(calls)
-    number = dict.fromkeys(names, 0)
+    number = 0
 
     def sample(name: str, repeat: int) -> float:
-        first = number[name]
-        number[name] += repeat
+        nonlocal number
+        first, number = number, number + repeat
         return clock(calls[name], first, repeat)
 
     once: dict[str, float] = {}

@@ -70,7 +70,7 @@ def seconds_of_paths(
     with torch.no_grad():
         kept = _quick_enough(operands, paths, slowest, clock)
         calls = {path: functools.partial(step, backend, operands) for path, backend in kept.items()}
-        times = timing.interleave(calls, seconds=seconds, min_rounds=3, warmup=1, clock=clock)
+        times = timing.interleave(calls, seconds=seconds, min_rounds=3, warmup=1, settle=1, clock=clock)
     return {path: times[path].median_s if path in times else None for path in paths}
 
 
