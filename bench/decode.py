@@ -31,7 +31,7 @@ PROMPT = 64
 
 
 def make_step(model: nn.Module, prompt: Tensor) -> Callable[[int], object]:
-    """One token for every sequence, always at the same place: the cache is cut back to the prompt afterwards."""
+    """One token for every sequence, always at the same place: the cache loses it again afterwards."""
     model.eval()
     model.config.use_cache = True
     with torch.inference_mode():
@@ -41,7 +41,7 @@ def make_step(model: nn.Module, prompt: Tensor) -> Callable[[int], object]:
     def step(_: int) -> object:
         with torch.inference_mode():
             logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-            cache.crop(prompt.shape[1])
+            cache.crop(-1)
             return logits[:, -1].argmax(-1)
 
     return step
@@ -55,7 +55,9 @@ def measure(batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     for name in options.providers:
         try:
             model = adapted(name, options.model, dtype, device, None, options.rank)
-            steps[name] = make_step(model, make_ids(model, batch * PROMPT, PROMPT, device))
+            step = make_step(model, make_ids(model, batch * PROMPT, PROMPT, device))
+            step(0)
+            steps[name] = step
         except Exception as error:  # a rival that fails is a row with its reason, whatever it raises
             reasons[name] = results.why(error)
     clock = timing.cuda_clock if device.type == "cuda" else timing.cpu_clock

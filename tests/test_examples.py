@@ -18,7 +18,7 @@ import demo_report  # noqa: E402
 import finetune_smollm2 as demo  # noqa: E402
 
 import svdkern  # noqa: E402
-from bench import model_step  # noqa: E402
+from bench import decode, model_step, results  # noqa: E402
 
 pytestmark = pytest.mark.peer
 CPU = torch.device("cpu")
@@ -85,6 +85,22 @@ def test_bf16_on_our_kernels_is_compared_where_it_is_of_use(
     monkeypatch.setattr(model_step.machine, "bf16_hardware", lambda: hardware)
     options = model_step.parse(["--model", "m", "--dtype", dtype, "--device", "cpu"])
     assert ("svdkern_bf16" in options.providers) is offered and "svdkern" in options.providers
+
+
+def test_decoding_is_measured_at_one_place(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    model, folder = saved
+    prompt = torch.arange(12).reshape(2, 6)
+    step = decode.make_step(model, prompt)
+    with torch.inference_mode():
+        first = model(input_ids=prompt).logits[:, -1:].argmax(-1)
+        wanted = model(input_ids=torch.cat([prompt, first], 1)).logits[:, -1].argmax(-1)
+    assert all(torch.equal(step(i), wanted) for i in range(3))  # type: ignore[arg-type]
+    out = tmp_path / "decode.jsonl"
+    arguments = ["--model", str(folder), "--batch", "1", "2", "--dtype", "fp32", "--device", "cpu", "--rank", "4"]
+    assert decode.main([*arguments, "--seconds", "0.01", "--out", str(out)]) == 0
+    rows = results.read_jsonl(out)
+    assert [(r["provider"], r["batch"]) for r in rows] == [(p, b) for b in (1, 2) for p in decode.PROVIDERS]
+    assert all(r["status"] == "ok" and r["tokens_per_s"] > 0 for r in rows), [r["reason"] for r in rows]
 
 
 def test_a_saved_adapter_is_what_the_comparison_trains(saved: tuple[Any, Path], tmp_path: Path) -> None:
