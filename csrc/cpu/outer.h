@@ -101,7 +101,26 @@ class Outer {
       for (int64_t c = 0; c < n; c += Pairs::tile_columns) {
         const int64_t columns = smaller(Pairs::tile_columns, n - c);
         Tiles::pack_b<bf16>({rows + c, DType::bf16, row_stride, 1}, 0, depth, 0, columns, panel);
-        for (int64_t j = 0; j < ld(); j += 16) {
+        int64_t j = 0;
+        for (; j + 2 * W <= ld(); j += 2 * W) {  // 32 rows of q at a time: a tile of a serves two products
+          const uint32_t* q = pairs_ + m / 2 * ld() + j * W;
+          float *at = sums + j * sums_stride + c, *below = at + W * sums_stride;
+          tile_load<0>(at, 4 * sums_stride), tile_load<1>(at + W, 4 * sums_stride);
+          tile_load<2>(below, 4 * sums_stride), tile_load<3>(below + W, 4 * sums_stride);
+          for (int64_t k = 0; k < depth; k += 32) {
+            tile_load<4>(q + k / 2 * ld(), 4 * W);
+            tile_load<6>(panel + k / 2 * Pairs::tile_columns, 4 * Pairs::tile_columns);
+            tile_multiply<0, 4, 6>();
+            tile_load<5>(q + k / 2 * ld() + W * W, 4 * W);
+            tile_multiply<2, 5, 6>();
+            tile_load<7>(panel + k / 2 * Pairs::tile_columns + W, 4 * Pairs::tile_columns);
+            tile_multiply<1, 4, 7>();
+            tile_multiply<3, 5, 7>();
+          }
+          tile_store<0>(at, 4 * sums_stride), tile_store<1>(at + W, 4 * sums_stride);
+          tile_store<2>(below, 4 * sums_stride), tile_store<3>(below + W, 4 * sums_stride);
+        }
+        if (j < ld()) {
           float* at = sums + j * sums_stride + c;
           tile_load<0>(at, 4 * sums_stride), tile_load<1>(at + W, 4 * sums_stride);
           for (int64_t k = 0; k < depth; k += 32) {
