@@ -10,6 +10,12 @@ regularization                the method's own penalty on the factors
 linalg                        factors of a weight, exact residuals
 """
 
+from pathlib import Path
+
+# A source checkout keeps the Triton kernels beside this package; installed they lie inside it.
+if (_root := Path(__file__).resolve().parent.parent).joinpath("triton_kernels", "tiles.py").is_file():
+    __path__.append(str(_root))
+
 from svdkern import linalg
 from svdkern.checkpoint import load_adapter, save_adapter
 from svdkern.frozen import Linear, linear

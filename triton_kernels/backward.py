@@ -1,0 +1,259 @@
+"""The whole backward in one persistent launch and one small reduction, from dy (M, N) and the saved h (M, r).
+
+A super-group of HEIGHT row groups (BM rows each) has, in the order of its tickets,
+
+    p-tiles     p = dy V        t = s p * g        q = t * sigma | t R^T        z = s (h * sigma | h R) * g
+                q, z -> (M, R) in T, flag of the group; partial sums over the group's rows of
+                dsigma = h * t        dR = h^T t        ds = p * z / s        and, row by row, dg = s p * (h * sigma | h R)
+    dx-tiles    dx = dy W + D * (q U^T), (BM, BK_OUT): as in forward.py; with dropout the adapter comes first, and its mask
+    dU-tiles    (D * x)^T q over the super-group's rows: (BF, R), output-stationary
+    dV-tiles    dy^T z likewise, and db = the sum of dy
+
+The last two are bound by bandwidth, dx-tiles by arithmetic: CTAs of one run beside CTAs of the other. Every sum over M is
+made of one partial sum a super-group (or row group), added in their order by reduce_kernel: no float atomics, the same bits
+every time. Floor: that of the frozen dy W plus 2 r (K + N) / (K N) of its arithmetic, one read of dy and x.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launching
+from .configs import Config
+from .reduce import Sum, reduce
+from .tiles import (
+    consume,
+    current_epoch,
+    finish,
+    keep,
+    kind,
+    load_rows,
+    load_scale,
+    modulate,
+    modulate_transposed,
+    product,
+    product_tma,
+    publish,
+    store_rows,
+    take_ticket,
+)
+
+
+@triton.jit
+def outer_tile(
+    a, stride_a, columns, L, q, R: tl.constexpr, first_row, last_row, partial, r, sums, rng_state, threshold, keep_scale,
+    BF: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial[columns, :] = (D * a)[rows, columns]^T q[rows, :], and sums[columns] = the sum of a over rows."""
+    depth, rank = tl.arange(0, BD), tl.arange(0, R)
+    offsets = tl.arange(0, BF)
+    acc = tl.zeros((BF, R), tl.float32)
+    total = tl.zeros((BF,), tl.float32)
+    for row in range(first_row, last_row, BD):
+        rows = row + depth
+        inside = rows < last_row
+        at = a + rows[:, None].to(tl.int64) * stride_a + (columns + offsets)[None, :]
+        tile = tl.load(at, mask=inside[:, None] & (columns + offsets < L)[None, :], other=0.0)
+        if SUM:
+            total += tl.sum(tile.to(tl.float32), 0)
+        if PRODUCT:
+            if DROPOUT:
+                tile = tl.where(keep(rows, columns, rng_state, threshold, BF), tile, 0.0)
+            q_at = q + rows[:, None].to(tl.int64) * R + rank[None, :]
+            right = tl.load(q_at, mask=inside[:, None], other=0.0)
+            acc = tl.dot(tl.trans(tile), right, acc, input_precision=PRECISION)
+    if PRODUCT:
+        if DROPOUT:
+            acc *= keep_scale.to(tl.float32)
+        store_rows(partial, acc, columns + offsets, L, r, R)
+    if SUM:
+        tl.store(sums + columns + offsets, total, mask=columns + offsets < L)
+
+
+@triton.jit(do_not_specialize=["M", "r", "threshold"])
+def backward_kernel(
+    control, dy, stride_dy, weight, stride_w, M, N, K, dy_tma, w_tma, x, stride_x, u, v, stride_v, h, r, sigma, core, gate,
+    scale, dx, stride_dx, q, z, dsigma, dcore, dscale, dgate, du, dv, dbias, rng_state, threshold, keep_scale,
+    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr, BF: tl.constexpr,
+    BD: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, DROPOUT: tl.constexpr,
+    BASE: tl.constexpr, WANT_P: tl.constexpr, WANT_X: tl.constexpr, WANT_U: tl.constexpr, WANT_SIGMA: tl.constexpr,
+    WANT_V: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_SCALE: tl.constexpr, WANT_CORE: tl.constexpr,
+    WANT_GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    T: tl.constexpr = dy.dtype.element_ty
+    NEEDS_Z: tl.constexpr = WANT_V
+    NEEDS_H: tl.constexpr = WANT_V or WANT_SIGMA or WANT_SCALE or WANT_CORE or WANT_GATE
+    rank = tl.arange(0, R)
+    row_groups = tl.cdiv(M, BM)
+    groups = tl.cdiv(row_groups, HEIGHT)
+    x_tiles = tl.cdiv(K, BN) if WANT_X else 0
+    u_tiles = tl.cdiv(K, BF) if WANT_U else 0
+    v_tiles = tl.cdiv(N, BF) if WANT_V or WANT_BIAS else 0
+    whole = HEIGHT * (1 + x_tiles) + u_tiles + v_tiles  # tiles of a super-group
+    tickets = (groups - 1) * whole + (row_groups - (groups - 1) * HEIGHT) * (1 + x_tiles) + u_tiles + v_tiles
+    epoch = current_epoch(control)
+    ticket = take_ticket(control)
+    while ticket < tickets:
+        super_group = tl.minimum(ticket // whole, groups - 1)
+        place = ticket - super_group * whole
+        first = super_group * HEIGHT
+        height = tl.minimum(HEIGHT, row_groups - first)
+        if place < height:  # ------------------------------------------------------------------------------ p-tile
+            group = first + place
+            rows = group * BM + tl.arange(0, BM)
+            s = load_scale(scale, SCALE_ON_DEVICE)
+            if NEEDS_H:
+                hidden = load_rows(h, rows, M, r, R)
+                modulated = modulate(hidden, sigma, core, r, R, KIND, T, PRECISION)
+            if GATED:
+                g = load_rows(gate, rows, M, r, R)
+            if NEEDS_Z:
+                gated = modulated * s
+                if GATED:
+                    gated *= g
+                store_rows(z, gated, rows, M, R, R)
+            if WANT_P:
+                p = product(
+                    tl.zeros((BM, R), tl.float32), dy, stride_dy, rows, M, v, 1, stride_v, rank, R, 0, N,
+                    rng_state, threshold, BK, False, PRECISION,
+                )  # fmt: skip
+                t = p * s
+                if WANT_GATE:
+                    store_rows(dgate, t * modulated, rows, M, r, R)
+                if WANT_SCALE:
+                    both = p * modulated
+                    if GATED:
+                        both *= g
+                    tl.store(dscale + group, tl.sum(both))
+                if GATED:
+                    t *= g
+                if WANT_SIGMA:
+                    tl.store(dsigma + group.to(tl.int64) * r + rank, tl.sum(hidden * t, 0), mask=rank < r)
+                if WANT_CORE:
+                    products = tl.dot(tl.trans(hidden.to(T)), t.to(T), input_precision=PRECISION)
+                    store_rows(dcore + group.to(tl.int64) * r * r, products, rank, r, r, R)
+                if WANT_X or WANT_U:
+                    store_rows(q, modulate_transposed(t, sigma, core, r, R, KIND, T, PRECISION), rows, M, R, R)
+            publish(control, group, epoch)
+        elif place < height * (1 + x_tiles):  # ----------------------------------------------------------- dx-tile
+            if WANT_X:
+                group = first + (place - height) % height
+                column = (place - height) // height * BN
+                rows, columns = group * BM + tl.arange(0, BM), column + tl.arange(0, BN)
+                acc = tl.zeros((BM, BN), tl.float32)
+                f_at = u + columns[None, :].to(tl.int64) * R + rank[:, None]
+                q_at = q + rows[:, None].to(tl.int64) * R + rank[None, :]
+                if DROPOUT:  # the mask falls on the adapter's part alone
+                    consume(control, group, epoch)
+                    f = tl.load(f_at, mask=(columns < K)[None, :], other=0.0)
+                    acc = tl.dot(tl.load(q_at, mask=(rows < M)[:, None], other=0.0), f, acc, input_precision=PRECISION)
+                    acc = tl.where(keep(rows, column, rng_state, threshold, BN), acc * keep_scale.to(tl.float32), 0.0)
+                if BASE:
+                    if TMA:
+                        acc = product_tma(acc, dy_tma, group * BM, w_tma, column, N, BK, False, PRECISION)
+                    else:
+                        acc = product(
+                            acc, dy, stride_dy, rows, M, weight, stride_w, 1, columns, K, 0, N,
+                            rng_state, threshold, BK, False, PRECISION,
+                        )  # fmt: skip
+                if not DROPOUT:
+                    f = tl.load(f_at, mask=(columns < K)[None, :], other=0.0)
+                    consume(control, group, epoch)
+                    acc = tl.dot(tl.load(q_at, mask=(rows < M)[:, None], other=0.0), f, acc, input_precision=PRECISION)
+                dx_at = dx + rows[:, None].to(tl.int64) * stride_dx + columns[None, :]
+                tl.store(dx_at, acc.to(T), mask=(rows < M)[:, None] & (columns < K)[None, :])
+        else:  # ---------------------------------------------------------------------------------- dU- and dV-tiles
+            tile = place - height * (1 + x_tiles)
+            for group in range(first, first + height):
+                consume(control, group, epoch)
+            first_row, last_row = first * BM, tl.minimum((first + height) * BM, M)
+            if tile < u_tiles:
+                if WANT_U:
+                    outer_tile(
+                        x, stride_x, tile * BF, K, q, R, first_row, last_row, du + super_group.to(tl.int64) * K * r, r, du,
+                        rng_state, threshold, keep_scale, BF, BD, DROPOUT, True, False, PRECISION,
+                    )  # fmt: skip
+            else:
+                if WANT_V or WANT_BIAS:
+                    outer_tile(
+                        dy, stride_dy, (tile - u_tiles) * BF, N, z, R, first_row, last_row,
+                        dv + super_group.to(tl.int64) * N * r, r, dbias + super_group.to(tl.int64) * N,
+                        rng_state, threshold, keep_scale, BF, BD, False, WANT_V, WANT_BIAS, PRECISION,
+                    )  # fmt: skip
+        ticket = take_ticket(control)
+    finish(control, epoch)
+
+
+class Want(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool
+    u: bool
+    sigma: bool
+    v: bool
+    bias: bool
+    scale: bool
+    core: bool
+    gate: bool
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, u: Tensor, v: Tensor, h: Tensor | None, r: int,
+    sigma: Tensor | None, core: Tensor | None, gate: Tensor | None, scale: Tensor, outs: dict[str, Tensor],
+    rng_state: Tensor | None, threshold: int, keep_scale: float, control: Tensor, config: Config, ctas: int,
+    precision: str, tma: bool, want: Want,
+) -> None:  # fmt: skip
+    """Fill the wanted gradients: outs has x (M, K), u (K, r), v (N, r), sigma, bias, scale, core, and gate (M, r) fp32.
+
+    dy (M, N) and x (M, K) row-major; u (K, R) and v (R, N) packed; h (M, r) fp32; control: workspace.
+    """
+    rows, out = dy.shape
+    width, R = u.shape[0], u.shape[1]
+    BM, BN, BK, BF = config.BM, config.BN, config.BK, config.BF
+    row_groups = triton.cdiv(rows, BM)
+    groups = triton.cdiv(row_groups, config.HEIGHT)
+    x_tiles = triton.cdiv(width, BN) if want.x else 0
+    fill = (triton.cdiv(width, BF) if want.u else 0) + (triton.cdiv(out, BF) if want.v or want.bias else 0)
+    wants_p = want.x or want.u or want.sigma or want.scale or want.core or want.gate
+
+    def sums(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=dy.device) if wanted else None
+
+    between = [dy.new_empty(rows, R) if wanted else None for wanted in (want.x or want.u, want.v)]
+    partial = {
+        "sigma": sums(want.sigma, row_groups, r),
+        "core": sums(want.core, row_groups, r * r),
+        "scale": sums(want.scale, row_groups, 1),
+        "u": sums(want.u, groups, width * r),
+        "v": sums(want.v, groups, out * r),
+        "bias": sums(want.bias, groups, out),
+    }
+    dx, dgate = outs.get("x"), outs.get("gate")
+    launching.launch(
+        backward_kernel, (min(row_groups * (1 + x_tiles) + groups * fill, ctas),),
+        control, dy, dy.stride(0), weight, 0 if weight is None else weight.stride(0), rows, out, width,
+        launching.descriptor(dy, [BM, BK]) if tma else None, launching.descriptor(weight, [BK, BN]) if tma else None,
+        x, 0 if x is None else x.stride(0), u, v, v.stride(0), h, r, sigma, core, gate,
+        scale.item() if scale.is_cpu else scale, dx, 0 if dx is None else dx.stride(0), *between,
+        partial["sigma"], partial["core"], partial["scale"], dgate, partial["u"], partial["v"], partial["bias"],
+        rng_state, threshold, keep_scale,
+        R=R, BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, BF=BF, BD=config.BD, KIND=kind(sigma, core), GATED=gate is not None,
+        SCALE_ON_DEVICE=not scale.is_cpu, DROPOUT=threshold > 0, BASE=weight is not None, WANT_P=wants_p, WANT_X=want.x,
+        WANT_U=want.u, WANT_SIGMA=want.sigma, WANT_V=want.v, WANT_BIAS=want.bias, WANT_SCALE=want.scale,
+        WANT_CORE=want.core, WANT_GATE=want.gate, TMA=tma, PRECISION=precision,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    shapes = {"sigma": (1, r), "core": (r, r), "scale": (1, 1), "u": (width, r), "v": (out, r), "bias": (1, out)}
+    found = []
+    for name, sum_ in partial.items():
+        if sum_ is not None:
+            gradient = outs[name]
+            strides = gradient.stride() if gradient.dim() == 2 else (0, *(gradient.stride() or (0,)))
+            found.append(Sum(sum_, gradient, *shapes[name], *strides))
+    reduce(found)

@@ -1,0 +1,51 @@
+"""How every kernel of this folder is launched: the one place that talks to Triton's launcher and to the device.
+
+The emulated tests put their own function here, so that what is proved without a GPU is the code that runs on one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
+    """``kernel[grid](*arguments, **meta)`` on the device of the first argument."""
+    device = arguments[0].device
+    if device.index is not None and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **meta)
+    else:
+        kernel[grid](*arguments, **meta)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device: persistent kernels run one CTA on each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """The compute capability as one number: 80, 90, 100."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def stream(device: torch.device) -> int:
+    """The current stream's handle."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def descriptor(matrix: Any, block: list[int]) -> Any:
+    """A host-made tensor descriptor (TMA) of a row-major matrix; one made on the device would need an allocator."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)

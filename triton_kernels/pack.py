@@ -1,0 +1,68 @@
+"""Factors as the product kernels want them: cast to the activations' dtype, r padded with zeros to R, 16-byte rows.
+
+    factor (L, r), any strides and float dtype  ->  rows (L, R)  for z F^T        or  columns (R, L)  for a F
+
+One launch packs both factors of a layer: programs [0, ceil(L0 / BLOCK)) the first, the others the second. Floor: one read
+of the factors, L r numbers; every call packs anew, so nobody has to say when a factor changed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launching
+
+
+@triton.jit
+def pack_tile(factor, stride_row, stride_rank, L, r, out, out_row, out_rank, block, R: tl.constexpr, BLOCK: tl.constexpr):
+    rows, rank = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, R)
+    inside = rows[:, None] < L
+    at = factor + rows[:, None].to(tl.int64) * stride_row + rank[None, :].to(tl.int64) * stride_rank
+    values = tl.load(at, mask=inside & (rank < r)[None, :], other=0.0)
+    to = out + rows[:, None].to(tl.int64) * out_row + rank[None, :].to(tl.int64) * out_rank
+    tl.store(to, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["r"])
+def pack_kernel(
+    first, first_row, first_rank, L0, first_out, first_out_row, first_out_rank,
+    second, second_row, second_rank, L1, second_out, second_out_row, second_out_rank,
+    r, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    blocks = tl.cdiv(L0, BLOCK)
+    if block < blocks:
+        pack_tile(first, first_row, first_rank, L0, r, first_out, first_out_row, first_out_rank, block, R, BLOCK)
+    else:
+        block -= blocks
+        pack_tile(second, second_row, second_rank, L1, r, second_out, second_out_row, second_out_rank, block, R, BLOCK)
+
+
+def padded(r: int) -> int:
+    """R: the power of two, at least 16, that the kernels work with."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def pack(first: Tensor, first_rows: bool, second: Tensor, second_rows: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both factors packed, each as rows (L, R) or as columns (R, L)."""
+    r = first.shape[1]
+    R = padded(r)
+    outs = []
+    for factor, rows in ((first, first_rows), (second, second_rows)):
+        length = factor.shape[0]
+        # 16-byte rows: a length that is no multiple of 8 gets a longer stride
+        shape = (length, R) if rows else (R, -(-length // 8) * 8)
+        outs.append(factor.new_empty(shape, dtype=dtype))
+    strides = [(out.stride(0), 1) if rows else (1, out.stride(0)) for out, rows in zip(outs, (first_rows, second_rows), strict=True)]
+    block = 64
+    grid = (triton.cdiv(first.shape[0], block) + triton.cdiv(second.shape[0], block),)
+    launching.launch(
+        pack_kernel, grid,
+        first, first.stride(0), first.stride(1), first.shape[0], outs[0], *strides[0],
+        second, second.stride(0), second.stride(1), second.shape[0], outs[1], *strides[1],
+        r, R=R, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return outs[0], outs[1]

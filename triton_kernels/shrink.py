@@ -1,0 +1,51 @@
+"""Partial sums of h = (D * x) U, split over K:  out[s] = (D * x)[:, K_s] U[K_s, :],  (SPLITS, M, r) in fp32.
+
+Tiles of BM rows and one split each; whoever needs h adds the splits up in their order (linear.py), so no bit depends on who
+ran when. Floor: one read of x, M K numbers. p = dy V is the same product. For few rows, where a persistent launch has
+nothing to hide it behind.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launching
+from .tiles import product, store_rows
+
+
+@triton.jit(do_not_specialize=["M", "r", "threshold"])
+def shrink_kernel(
+    a, stride_a, M, K, factor, stride_factor, r, out, rng_state, threshold, keep_scale, per_split,
+    R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    split = tl.program_id(1)
+    first = split * per_split
+    h = product(
+        tl.zeros((BM, R), tl.float32), a, stride_a, rows, M, factor, 1, stride_factor, tl.arange(0, R), R,
+        first, tl.minimum(first + per_split, K), rng_state, threshold, BK, DROPOUT, PRECISION,
+    )  # fmt: skip
+    if DROPOUT:
+        h *= keep_scale.to(tl.float32)
+    store_rows(out + split.to(tl.int64) * M * r, h, rows, M, r, R)
+
+
+def shrink(
+    a: Tensor, columns: Tensor, r: int, rng_state: Tensor | None, threshold: int, keep_scale: float, precision: str,
+    splits: int, *, BM: int, BK: int, num_warps: int, num_stages: int,
+) -> Tensor:  # fmt: skip
+    """(splits, M, r) partial sums; a (M, K) row-major, columns: the factor packed (R, K)."""
+    rows, width = a.shape
+    per_split = -(-width // (splits * BK)) * BK
+    splits = -(-width // per_split)
+    out = torch.empty(splits, rows, r, dtype=torch.float32, device=a.device)
+    launching.launch(
+        shrink_kernel, (triton.cdiv(rows, BM), splits),
+        a, a.stride(0), rows, width, columns, columns.stride(0), r, out, rng_state, threshold, keep_scale, per_split,
+        R=columns.shape[0], BM=BM, BK=BK, DROPOUT=threshold > 0, PRECISION=precision,
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,191 @@
+"""What the kernels share on the device: tiles of a product, the modulation between the factors, dropout, tickets and flags.
+
+    product    acc += a[rows, :] b[:, columns]              a (M, K) row-major, b (K, N) by its strides; any tails
+    modulate   z = s (h * sigma | h R) * g                  forward, of a tile of rows
+    transpose  t = s p * g,  q = t * sigma | t R^T          backward
+    keep       the dropout mask of a tile (Philox4x32, 7 rounds), the bits of svdkern.backends.philox
+
+r is padded to a power of two R >= 16: columns past r hold zeros. Accumulation is in fp32. T is the activations' dtype.
+"""
+
+import triton
+import triton.language as tl
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+
+@triton.jit
+def product(
+    acc, a, stride_a, rows, M, b, stride_bk, stride_bn, columns, N, first, K,
+    rng_state, threshold, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + (D * a)[rows, first : K] b[first : K, columns] without D's factor. Offsets are 64-bit: M K may pass 2^31."""
+    depth = tl.arange(0, BK)
+    a_at = a + rows[:, None].to(tl.int64) * stride_a + (first + depth)[None, :]
+    b_at = b + (first + depth)[:, None].to(tl.int64) * stride_bk + columns[None, :].to(tl.int64) * stride_bn
+    for start in range(first, K, BK):
+        inside = depth < K - start
+        left = tl.load(a_at, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
+        right = tl.load(b_at, mask=inside[:, None] & (columns < N)[None, :], other=0.0)
+        if DROPOUT:
+            left = tl.where(keep(rows, start, rng_state, threshold, BK), left, 0.0)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        a_at += BK
+        b_at += BK * stride_bk
+    return acc
+
+
+@triton.jit
+def product_tma(acc, a, row, b, column, K, BK: tl.constexpr, B_IS_OUT_BY_IN: tl.constexpr, PRECISION: tl.constexpr):
+    """The same of tensor descriptors, tiles from (row, column) on: b's are (N, K) tiles, or (K, N) if not B_IS_OUT_BY_IN."""
+    for start in range(0, K, BK):
+        left = a.load([row, start])
+        if B_IS_OUT_BY_IN:
+            acc = tl.dot(left, b.load([column, start]).T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(left, b.load([start, column]), acc, input_precision=PRECISION)
+    return acc
+
+
+# ---------------------------------------------------------------------------------------------------------- modulation
+
+
+@triton.jit
+def load_scale(scale, ON_DEVICE: tl.constexpr):
+    if ON_DEVICE:
+        return tl.load(scale).to(tl.float32)
+    return scale.to(tl.float32)
+
+
+@triton.jit
+def load_rank_row(vector, r, R: tl.constexpr):
+    """(R,) of a vector over the rank, zeros past r."""
+    rank = tl.arange(0, R)
+    return tl.load(vector + rank, mask=rank < r, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_core(core, stride_row, stride_column, r, R: tl.constexpr):
+    """The core (R, R), zeros past r; strides (1, r) give its transpose."""
+    i, j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
+    return tl.load(core + i * stride_row + j * stride_column, mask=(i < r) & (j < r), other=0.0)
+
+
+@triton.jit
+def load_rows(matrix, rows, M, r, R: tl.constexpr):
+    """(rows, R) of a contiguous fp32 matrix (M, r), zeros outside."""
+    rank = tl.arange(0, R)
+    at = matrix + rows[:, None].to(tl.int64) * r + rank[None, :]
+    return tl.load(at, mask=(rows < M)[:, None] & (rank < r)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(matrix, values, rows, M, r, R: tl.constexpr):
+    rank = tl.arange(0, R)
+    at = matrix + rows[:, None].to(tl.int64) * r + rank[None, :]
+    tl.store(at, values.to(matrix.dtype.element_ty), mask=(rows < M)[:, None] & (rank < r)[None, :])
+
+
+def kind(sigma: object, core: object) -> str:
+    """KIND of a layer: what stands between the factors."""
+    return "core" if core is not None else "sigma" if sigma is not None else "one"
+
+
+@triton.jit
+def modulate(h, sigma, core, r, R: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
+    """h * sigma (KIND "sigma"), h R ("core"), h ("one"): before gate and scale."""
+    if KIND == "sigma":
+        return h * load_rank_row(sigma, r, R)[None, :]
+    if KIND == "core":
+        return tl.dot(h.to(T), load_core(core, r, 1, r, R).to(T), input_precision=PRECISION)
+    return h
+
+
+@triton.jit
+def modulate_transposed(t, sigma, core, r, R: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
+    """t * sigma, t R^T, t."""
+    if KIND == "sigma":
+        return t * load_rank_row(sigma, r, R)[None, :]
+    if KIND == "core":
+        return tl.dot(t.to(T), load_core(core, 1, r, r, R).to(T), input_precision=PRECISION)
+    return t
+
+
+# ------------------------------------------------------------------------------------------------------------- dropout
+
+
+@triton.jit
+def keep(rows, column, rng_state, threshold, WIDTH: tl.constexpr):
+    """bool (rows, WIDTH): which elements of columns column ... survive; column and WIDTH are multiples of 8."""
+    seed, offset = tl.load(rng_state), tl.load(rng_state + 1)
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    octet = (column // 8 + tl.arange(0, WIDTH // 8)).to(tl.uint32)
+    zero = tl.zeros((rows.shape[0], WIDTH // 8), tl.uint32)
+    c0, c1 = zero + rows.to(tl.uint32)[:, None], zero + octet[None, :]
+    c2, c3 = zero + (offset & 0xFFFFFFFF).to(tl.uint32), zero + ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(7):
+        a0, a1 = tl.umulhi(c0, 0xD2511F53), tl.umulhi(c2, 0xCD9E8D57)
+        b0, b1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = a1 ^ c1 ^ k0, b1, a0 ^ c3 ^ k1, b0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    # half j % 2 (low first) of word j // 2 is column j: interleaving puts x0 y0 x1 y1 ... side by side
+    low = tl.interleave(tl.interleave(c0 & 0xFFFF, c2 & 0xFFFF), tl.interleave(c1 & 0xFFFF, c3 & 0xFFFF))
+    high = tl.interleave(tl.interleave(c0 >> 16, c2 >> 16), tl.interleave(c1 >> 16, c3 >> 16))
+    return tl.interleave(low, high) >= threshold.to(tl.uint32)
+
+
+# --------------------------------------------------------------------------------------------------- tickets and flags
+#
+# control: int32 [ticket, done, epoch, flag of row group 0, 1, ...], zeros at first. A tile depends only on tiles of lower
+# tickets, so what a CTA waits for is held by one that runs. The epoch is read from memory, not passed: a captured graph
+# that is replayed must not believe the flags of its last run.
+
+TICKET = tl.constexpr(0)
+DONE = tl.constexpr(1)
+EPOCH = tl.constexpr(2)
+FLAGS = tl.constexpr(3)
+
+
+@triton.jit
+def current_epoch(control):
+    return tl.load(control + EPOCH, volatile=True) + 1
+
+
+@triton.jit
+def take_ticket(control):
+    return tl.atomic_add(control + TICKET, 1, sem="relaxed")
+
+
+@triton.jit
+def publish(control, group, epoch):
+    """All stores of this CTA before here become visible to whoever consumes this flag."""
+    tl.debug_barrier()  # Triton 3.6 puts none before an atomic
+    tl.atomic_xchg(control + FLAGS + group, epoch, sem="release")
+
+
+@triton.jit
+def consume(control, group, epoch):
+    while tl.atomic_or(control + FLAGS + group, 0, sem="acquire") != epoch:
+        pass
+    tl.debug_barrier()  # one thread looked; the others must not run ahead of it
+
+
+@triton.jit
+def finish(control, epoch):
+    """The last CTA to end resets the ticket and moves the epoch on."""
+    if tl.atomic_add(control + DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(control + TICKET, 0)
+        tl.store(control + DONE, 0)
+        tl.store(control + EPOCH, epoch)
+
+
+@triton.jit
+def in_group(ticket, row_groups, per_group, HEIGHT: tl.constexpr):
+    """(first row group, how many, place) of a ticket among super-groups of HEIGHT row groups with per_group tiles each.
+
+    HEIGHT row groups share the tiles of W that come into the L2 for them.
+    """
+    first = ticket // (HEIGHT * per_group) * HEIGHT
+    height = tl.minimum(HEIGHT, row_groups - first)
+    return first, height, ticket - first * per_group
