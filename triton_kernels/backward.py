@@ -29,6 +29,7 @@ from .reduce import Sum, reduce
 from .tiles import (
     consume,
     current_epoch,
+    fence_async_proxy,
     finish,
     keep,
     kind,
@@ -46,11 +47,11 @@ from .tiles import (
 
 @triton.jit
 def outer_tile(
-    a, stride_a, columns, L, q, R: tl.constexpr, first_row, last_row, partial, r, sums, rng_state, threshold, keep_scale,
+    a, stride_a, columns, L, q, R: tl.constexpr, first_row, last_row, part, partial, r, sums, rng_state, threshold, keep_scale,
     BF: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
-    """partial[columns, :] = (D * a)[rows, columns]^T q[rows, :], and sums[columns] = the sum of a over rows."""
+    """partial[part, columns, :] = (D * a)[rows, columns]^T q[rows, :], and sums[part, columns] = the sum of a over rows."""
     depth, rank = tl.arange(0, BD), tl.arange(0, R)
     offsets = tl.arange(0, BF)
     acc = tl.zeros((BF, R), tl.float32)
@@ -67,24 +68,26 @@ def outer_tile(
                 tile = tl.where(keep(rows, columns, rng_state, threshold, BF), tile, 0.0)
             q_at = q + rows[:, None].to(tl.int64) * R + rank[None, :]
             right = tl.load(q_at, mask=inside[:, None], other=0.0)
+            if FENCE:
+                fence_async_proxy()
             acc = tl.dot(tl.trans(tile), right, acc, input_precision=PRECISION)
     if PRODUCT:
         if DROPOUT:
             acc *= keep_scale.to(tl.float32)
-        store_rows(partial, acc, columns + offsets, L, r, R)
+        store_rows(partial + part.to(tl.int64) * L * r, acc, columns + offsets, L, r, R)
     if SUM:
-        tl.store(sums + columns + offsets, total, mask=columns + offsets < L)
+        tl.store(sums + part.to(tl.int64) * L + columns + offsets, total, mask=columns + offsets < L)
 
 
 @triton.jit(do_not_specialize=["M", "r", "threshold"])
 def backward_kernel(
-    control, dy, stride_dy, weight, stride_w, M, N, K, dy_tma, w_tma, x, stride_x, u, v, stride_v, h, r, sigma, core, gate,
+    control, dy, stride_dy, weight, stride_wn, stride_wk, M, N, K, dy_tma, w_tma, x, stride_x, u, v, stride_v, h, r, sigma, core, gate,
     scale, dx, stride_dx, q, z, dsigma, dcore, dscale, dgate, du, dv, dbias, rng_state, threshold, keep_scale,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr, BF: tl.constexpr,
     BD: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, DROPOUT: tl.constexpr,
     BASE: tl.constexpr, WANT_P: tl.constexpr, WANT_X: tl.constexpr, WANT_U: tl.constexpr, WANT_SIGMA: tl.constexpr,
     WANT_V: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_SCALE: tl.constexpr, WANT_CORE: tl.constexpr,
-    WANT_GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = dy.dtype.element_ty
     NEEDS_Z: tl.constexpr = WANT_V
@@ -121,7 +124,7 @@ def backward_kernel(
             if WANT_P:
                 p = product(
                     tl.zeros((BM, R), tl.float32), dy, stride_dy, rows, M, v, 1, stride_v, rank, R, 0, N,
-                    rng_state, threshold, BK, False, PRECISION,
+                    rng_state, threshold, BK, False, PRECISION, FENCE,
                 )  # fmt: skip
                 t = p * s
                 if WANT_GATE:
@@ -159,8 +162,8 @@ def backward_kernel(
                         acc = product_tma(acc, dy_tma, group * BM, w_tma, column, N, BK, False, PRECISION)
                     else:
                         acc = product(
-                            acc, dy, stride_dy, rows, M, weight, stride_w, 1, columns, K, 0, N,
-                            rng_state, threshold, BK, False, PRECISION,
+                            acc, dy, stride_dy, rows, M, weight, stride_wn, stride_wk, columns, K, 0, N,
+                            rng_state, threshold, BK, False, PRECISION, FENCE,
                         )  # fmt: skip
                 if not DROPOUT:
                     f = tl.load(f_at, mask=(columns < K)[None, :], other=0.0)
@@ -176,15 +179,14 @@ def backward_kernel(
             if tile < u_tiles:
                 if WANT_U:
                     outer_tile(
-                        x, stride_x, tile * BF, K, q, R, first_row, last_row, du + super_group.to(tl.int64) * K * r, r, du,
-                        rng_state, threshold, keep_scale, BF, BD, DROPOUT, True, False, PRECISION,
+                        x, stride_x, tile * BF, K, q, R, first_row, last_row, super_group, du, r, None,
+                        rng_state, threshold, keep_scale, BF, BD, DROPOUT, True, False, PRECISION, FENCE,
                     )  # fmt: skip
             else:
                 if WANT_V or WANT_BIAS:
                     outer_tile(
-                        dy, stride_dy, (tile - u_tiles) * BF, N, z, R, first_row, last_row,
-                        dv + super_group.to(tl.int64) * N * r, r, dbias + super_group.to(tl.int64) * N,
-                        rng_state, threshold, keep_scale, BF, BD, False, WANT_V, WANT_BIAS, PRECISION,
+                        dy, stride_dy, (tile - u_tiles) * BF, N, z, R, first_row, last_row, super_group, dv, r, dbias,
+                        rng_state, threshold, keep_scale, BF, BD, False, WANT_V, WANT_BIAS, PRECISION, FENCE,
                     )  # fmt: skip
         ticket = take_ticket(control)
     finish(control, epoch)
@@ -237,7 +239,7 @@ def backward(
     dx, dgate = outs.get("x"), outs.get("gate")
     launching.launch(
         backward_kernel, (min(row_groups * (1 + x_tiles) + groups * fill, ctas),),
-        control, dy, dy.stride(0), weight, 0 if weight is None else weight.stride(0), rows, out, width,
+        control, dy, dy.stride(0), weight, *((0, 0) if weight is None else weight.stride()), rows, out, width,
         launching.descriptor(dy, [BM, BK]) if tma else None, launching.descriptor(weight, [BK, BN]) if tma else None,
         x, 0 if x is None else x.stride(0), u, v, v.stride(0), h, r, sigma, core, gate,
         scale.item() if scale.is_cpu else scale, dx, 0 if dx is None else dx.stride(0), *between,
@@ -246,7 +248,7 @@ def backward(
         R=R, BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, BF=BF, BD=config.BD, KIND=kind(sigma, core), GATED=gate is not None,
         SCALE_ON_DEVICE=not scale.is_cpu, DROPOUT=threshold > 0, BASE=weight is not None, WANT_P=wants_p, WANT_X=want.x,
         WANT_U=want.u, WANT_SIGMA=want.sigma, WANT_V=want.v, WANT_BIAS=want.bias, WANT_SCALE=want.scale,
-        WANT_CORE=want.core, WANT_GATE=want.gate, TMA=tma, PRECISION=precision,
+        WANT_CORE=want.core, WANT_GATE=want.gate, TMA=tma, PRECISION=precision, FENCE=launching.needs_fence(dy.device),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     shapes = {"sigma": (1, r), "core": (r, r), "scale": (1, 1), "u": (width, r), "v": (out, r), "bias": (1, out)}

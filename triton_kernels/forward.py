@@ -16,7 +16,6 @@ tensor descriptors. Triton issues a loop's loads early, ahead of any wait in it:
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,11 +41,11 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["M", "r", "threshold"])
 def forward_kernel(
-    control, x, stride_x, weight, stride_w, M, N, K, x_tma, w_tma, u, stride_u, v, z, r, sigma, core, gate, scale, bias,
+    control, x, stride_x, weight, stride_wn, stride_wk, M, N, K, x_tma, w_tma, u, stride_u, v, z, r, sigma, core, gate, scale, bias,
     y, stride_y, h_out, rng_state, threshold, keep_scale,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr, KIND: tl.constexpr,
     GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, SAVE_H: tl.constexpr, DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = y.dtype.element_ty
     row_groups, column_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -60,7 +59,7 @@ def forward_kernel(
             rows = group * BM + tl.arange(0, BM)
             h = product(
                 tl.zeros((BM, R), tl.float32), x, stride_x, rows, M, u, 1, stride_u, rank, R, 0, K,
-                rng_state, threshold, BK, DROPOUT, PRECISION,
+                rng_state, threshold, BK, DROPOUT, PRECISION, FENCE,
             )  # fmt: skip
             if DROPOUT:
                 h *= keep_scale.to(tl.float32)
@@ -80,8 +79,8 @@ def forward_kernel(
                 acc = product_tma(acc, x_tma, group * BM, w_tma, column, K, BK, True, PRECISION)
             else:
                 acc = product(
-                    acc, x, stride_x, rows, M, weight, 1, stride_w, columns, N, 0, K,
-                    rng_state, threshold, BK, False, PRECISION,
+                    acc, x, stride_x, rows, M, weight, stride_wk, stride_wn, columns, N, 0, K,
+                    rng_state, threshold, BK, False, PRECISION, FENCE,
                 )  # fmt: skip
             f = tl.load(v + columns[None, :].to(tl.int64) * R + rank[:, None], mask=(columns < N)[None, :], other=0.0)
             consume(control, group, epoch)
@@ -103,7 +102,7 @@ def forward(
 ) -> None:  # fmt: skip
     """y (M, N) and, unless None, h (M, r) fp32.
 
-    x (M, K) row-major; weight (N, K) with unit stride along K; u (R, K) and v (N, R) packed; gate (M, r) fp32; z (M, R) of x's
+    x (M, K) row-major; weight (N, K), any strides; u (R, K) and v (N, R) packed; gate (M, r) fp32; z (M, R) of x's
     dtype and control: workspace.
     """
     (rows, width), out = x.shape, weight.shape[0]
@@ -112,11 +111,12 @@ def forward(
     tiles = row_groups * (triton.cdiv(out, BN) + 1)
     launching.launch(
         forward_kernel, (min(tiles, ctas),),
-        control, x, x.stride(0), weight, weight.stride(0), rows, out, width,
+        control, x, x.stride(0), weight, *weight.stride(), rows, out, width,
         launching.descriptor(x, [BM, BK]) if tma else None, launching.descriptor(weight, [BN, BK]) if tma else None,
         u, u.stride(0), v, z, r, sigma, core, gate, scale.item() if scale.is_cpu else scale, bias, y, y.stride(0), h,
         rng_state, threshold, keep_scale,
         R=v.shape[1], BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, KIND=kind(sigma, core), GATED=gate is not None,
         SCALE_ON_DEVICE=not scale.is_cpu, BIAS=bias is not None, SAVE_H=h is not None, DROPOUT=threshold > 0,
-        TMA=tma, PRECISION=precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        TMA=tma, PRECISION=precision, FENCE=launching.needs_fence(x.device),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

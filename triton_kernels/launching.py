@@ -9,6 +9,8 @@ import functools
 from typing import Any
 
 import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
@@ -34,6 +36,19 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def triton_version() -> tuple[int, ...]:
+    """(3, 6), (3, 9), ..."""
+    return tuple(int(n) for n in triton.__version__.split(".")[:2])
+
+
+def needs_fence(device: torch.device) -> bool:
+    """Whether the kernels must order cp.async before wgmma themselves: Triton before 3.7 puts no proxy fence there.
+
+    Found by running its PTX; triton-lang/triton pull request 9610 mends it.
+    """
+    return architecture(device) == 90 and triton_version() < (3, 7)
+
+
 def stream(device: torch.device) -> int:
     """The current stream's handle."""
     return torch.cuda.current_stream(device).cuda_stream
@@ -46,6 +61,4 @@ def capturing(device: torch.device) -> bool:
 
 def descriptor(matrix: Any, block: list[int]) -> Any:
     """A host-made tensor descriptor (TMA) of a row-major matrix; one made on the device would need an allocator."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)

@@ -10,7 +10,6 @@ second of two launches (shrink.py is the first): few rows, where W is read once 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,7 +45,7 @@ def linear_kernel(
     y, stride_y, h_out, rng_state, threshold, keep_scale,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
     BACKWARD: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, SAVE_H: tl.constexpr,
-    DROPOUT: tl.constexpr, ADAPTER: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, ADAPTER: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = y.dtype.element_ty
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -67,7 +66,24 @@ def linear_kernel(
             acc = tl.where(kept, acc * keep_scale.to(tl.float32), 0.0)
     if BASE:
         acc = product(
-            acc, a, stride_a, rows, M, weight, stride_wk, stride_wn, columns, N, 0, K, rng_state, threshold, BK, False, PRECISION
+            acc,
+            a,
+            stride_a,
+            rows,
+            M,
+            weight,
+            stride_wk,
+            stride_wn,
+            columns,
+            N,
+            0,
+            K,
+            rng_state,
+            threshold,
+            BK,
+            False,
+            PRECISION,
+            FENCE,
         )
     if BIAS:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -82,11 +98,11 @@ def linear(
 ) -> None:  # fmt: skip
     """y = a weight^T + z F^T + b, or (transposed) y = a weight + D * (q F^T), from the partial sums of h (or p).
 
-    a (M, K) row-major; weight (N, K) with unit stride along K; partial (splits, M, r); factor packed (out, R).
+    a (M, K) row-major; weight (N, K), any strides; partial (splits, M, r); factor packed (out, R).
     """
     rows, depth = a.shape
     out = y.shape[1]
-    strides = (0, 0) if weight is None else weight.stride() if transposed else (1, weight.stride(0))
+    strides = (0, 0) if weight is None else weight.stride() if transposed else weight.stride()[::-1]
     launching.launch(
         linear_kernel, (triton.cdiv(out, config.BN), triton.cdiv(rows, config.BM)),
         a, a.stride(0), rows, depth, weight, *strides, out, partial, 1 if partial is None else partial.shape[0], factor, r,
@@ -94,5 +110,5 @@ def linear(
         R=factor.shape[1], BM=config.BM, BN=config.BN, BK=config.BK, KIND=kind(sigma, core), GATED=gate is not None,
         BACKWARD=transposed, SCALE_ON_DEVICE=not scale.is_cpu, BIAS=bias is not None, SAVE_H=h is not None,
         DROPOUT=threshold > 0, ADAPTER=partial is not None, BASE=weight is not None, PRECISION=precision,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        FENCE=launching.needs_fence(a.device), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -17,7 +17,9 @@ from . import launching
 
 
 @triton.jit
-def pack_tile(factor, stride_row, stride_rank, L, r, out, out_row, out_rank, block, R: tl.constexpr, BLOCK: tl.constexpr):
+def pack_tile(
+    factor, stride_row, stride_rank, L, r, out, out_row, out_rank, block, R: tl.constexpr, BLOCK: tl.constexpr
+):
     rows, rank = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, R)
     inside = rows[:, None] < L
     at = factor + rows[:, None].to(tl.int64) * stride_row + rank[None, :].to(tl.int64) * stride_rank
@@ -46,7 +48,9 @@ def padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def pack(first: Tensor, first_rows: bool, second: Tensor, second_rows: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def pack(
+    first: Tensor, first_rows: bool, second: Tensor, second_rows: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Both factors packed, each as rows (L, R) or as columns (R, L)."""
     r = first.shape[1]
     R = padded(r)
@@ -56,7 +60,10 @@ def pack(first: Tensor, first_rows: bool, second: Tensor, second_rows: bool, dty
         # 16-byte rows: a length that is no multiple of 8 gets a longer stride
         shape = (length, R) if rows else (R, -(-length // 8) * 8)
         outs.append(factor.new_empty(shape, dtype=dtype))
-    strides = [(out.stride(0), 1) if rows else (1, out.stride(0)) for out, rows in zip(outs, (first_rows, second_rows), strict=True)]
+    strides = [
+        (out.stride(0), 1) if rows else (1, out.stride(0))
+        for out, rows in zip(outs, (first_rows, second_rows), strict=True)
+    ]
     block = 64
     grid = (triton.cdiv(first.shape[0], block) + triton.cdiv(second.shape[0], block),)
     launching.launch(

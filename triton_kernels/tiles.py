@@ -15,9 +15,17 @@ import triton.language as tl
 
 
 @triton.jit
+def fence_async_proxy():
+    """What this thread wrote to shared memory is there for wgmma, which reads it through another proxy (launching.needs_fence)."""
+    tl.inline_asm_elementwise(
+        "fence.proxy.async.shared::cta; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def product(
     acc, a, stride_a, rows, M, b, stride_bk, stride_bn, columns, N, first, K,
-    rng_state, threshold, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    rng_state, threshold, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     """acc + (D * a)[rows, first : K] b[first : K, columns] without D's factor. Offsets are 64-bit: M K may pass 2^31."""
     depth = tl.arange(0, BK)
@@ -29,6 +37,8 @@ def product(
         right = tl.load(b_at, mask=inside[:, None] & (columns < N)[None, :], other=0.0)
         if DROPOUT:
             left = tl.where(keep(rows, start, rng_state, threshold, BK), left, 0.0)
+        if FENCE:
+            fence_async_proxy()
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         a_at += BK
         b_at += BK * stride_bk
@@ -102,7 +112,9 @@ def modulate(h, sigma, core, r, R: tl.constexpr, KIND: tl.constexpr, T: tl.const
 
 
 @triton.jit
-def modulate_transposed(t, sigma, core, r, R: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
+def modulate_transposed(
+    t, sigma, core, r, R: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr
+):
     """t * sigma, t R^T, t."""
     if KIND == "sigma":
         return t * load_rank_row(sigma, r, R)[None, :]

@@ -5,6 +5,7 @@ Layer: below ``svdkern.autograd``; imports nothing of svdkern but itself, ``timi
 ``formula``   the one formula, composed of three primitives
 ``eager``     the three primitives in plain PyTorch: the reference, on every device
 ``cpu``       the three primitives (and whole calls) in C++, with ATen where ATen is faster
+``triton``    whole calls by Triton kernels, on NVIDIA GPUs
 ``dispatch``  which of them a call takes
 ``choices``   which path of the cpu backend a layer takes: tuned here, shipped, or by the rule
 ``table``     measured layers, and the nearest one (``choices.json``: those shipped)

@@ -17,13 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdkern.backends import choices, cpu, extension
+from svdkern.backends import choices, cpu, extension, triton
 from svdkern.backends.formula import Backend
 from svdkern.backends.table import Shape
 
 log = logging.getLogger("svdkern")
 
-BACKENDS: dict[str, Backend] = {"eager": cpu.PATHS["eager"], "cpu": cpu.PATHS["fused"]}
+BACKENDS: dict[str, Backend] = {
+    "eager": cpu.PATHS["eager"],
+    "cpu": cpu.PATHS["fused"],
+    "triton": triton.TritonBackend(),
+}
 
 MOST_KEPT = 4096
 """Choices that are remembered; then they are looked up again (about 0.3 ms each)."""
@@ -67,6 +71,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the backend can serve this device and dtype, else the reason in one line."""
     if name == "eager":
         return None
+    if name == "triton":
+        return triton.why_not(device, dtype)
     if device.type != "cpu":
         return f"the cpu backend was asked for a tensor on {device}"
     if extension.why_missing is not None:
@@ -115,6 +121,8 @@ def _look_up(
         if _environment.autotune and requested != "":
             keep = choices.autotune(shape, a.dtype)
         found = cpu.PATHS[_path(shape, a.dtype, requested, threshold).path]
+    elif found is BACKENDS["triton"] and factor.shape[1] > triton.LARGEST_R:
+        found = _fall_back("triton", f"r={factor.shape[1]}, the triton backend takes r up to {triton.LARGEST_R}")
     if keep:
         _paths[key] = found
     return found
@@ -162,12 +170,15 @@ def _decide(requested: str | None, device: torch.device, dtype: torch.dtype) -> 
     if reason is None:
         return BACKENDS[name]
     by_design = requested is None and dtype not in cpu.DTYPES  # float64 is eager's on every device
-    if not by_design:
-        if _environment.strict:
-            raise RuntimeError(f"SVDKERN_STRICT=1 and backend {name!r} cannot be used: {reason}")
-        if reason not in _said:
-            _said.add(reason)
-            log.warning("falling back to the eager backend: %s", reason)
+    return BACKENDS["eager"] if by_design else _fall_back(name, reason)
+
+
+def _fall_back(name: str, reason: str) -> Backend:
+    if _environment.strict:
+        raise RuntimeError(f"SVDKERN_STRICT=1 and backend {name!r} cannot be used: {reason}")
+    if reason not in _said:
+        _said.add(reason)
+        log.warning("falling back to the eager backend: %s", reason)
     return BACKENDS["eager"]
 
 

@@ -1,8 +1,7 @@
 """Triton kernel -> PTX and cubin, for any architecture and for each version of Triton that is installed, cached on disk.
 
-`TRITON_PATHS` (an environment variable: version=folder, separated by os.pathsep) names further installations, as
-`3.6.0=.venv/triton-3.6.0`; the interpreter's own Triton is always there. What is compiled lies under `build/ptx/`, named
-by a hash of the kernels' sources and of the request.
+Besides the interpreter's own Triton those in `<environment>/triton-<version>/` count (pip install --target). What is compiled
+lies under `build/ptx/`, named by a hash of the kernels' sources and of the request.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import atexit
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -35,10 +35,8 @@ class Compiled:
 def versions() -> dict[str, str | None]:
     """Triton versions -> folder to put first on the path (None: the interpreter's own)."""
     found: dict[str, str | None] = {importlib.metadata.version("triton"): None}
-    for entry in os.environ.get("TRITON_PATHS", "").split(os.pathsep):
-        version, _, folder = entry.partition("=")
-        if folder and (Path(folder) / "triton").is_dir():
-            found.setdefault(version, str(Path(folder).resolve()))
+    for folder in sorted(Path(sys.prefix).glob("triton-*")):
+        found.setdefault(folder.name.removeprefix("triton-"), str(folder))
     return found
 
 
@@ -65,8 +63,6 @@ def _worker(version: str) -> subprocess.Popen:
 @functools.cache
 def _sources(module: str) -> str:
     """A hash of every file beside the module: kernels import each other."""
-    import importlib.util
-
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None, module
     digest = hashlib.sha256()
@@ -133,3 +129,14 @@ def compile_kernel(
         "sources": _sources(module),
     }
     return _compiled(json.dumps(request), version or next(iter(versions())))
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """The path of cuobjdump or nvdisasm, which come with Triton."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: which triton is this?")
+    return str(path)

@@ -1,0 +1,225 @@
+"""The Triton backend: NVIDIA GPUs of compute capability 8.0 and later, whole calls in one launch each.
+
+    more than 16 rows    forward: pack, then one persistent launch; backward: pack, one persistent launch, one reduction
+    up to 16 rows        forward: pack, shrink, linear (W is read once)
+
+Layer: like ``cpu``; the kernels are in ``triton_kernels``. It takes float32, bfloat16 and float16 activations, r up to 512,
+and any strides (an x or dy whose rows are not contiguous is copied). A weight of another dtype than x's is cast at every call.
+No tensor is read on the host, so calls can be captured in a CUDA graph once ``warmup`` has compiled them; a scale on the CPU is
+then the captured value.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from svdkern.backends.eager import EagerBackend
+from svdkern.backends.formula import Gradients, as_rows, as_shaped, cast, gate_gradient, gate_rows
+from svdkern.backends.philox import DROPS_ALL, keep_scale
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_R = 512
+OLDEST = (8, 0)
+
+
+@functools.cache
+def why_missing() -> str | None:
+    """None if the kernels can be imported, else the reason in one line."""
+    try:
+        import triton
+
+        if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
+            return f"triton is {triton.__version__}, the kernels need 3.6 or later"
+        import svdkern.triton_kernels.forward  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton"
+    return None
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the backend can serve this device and dtype, else the reason in one line."""
+    if device.type != "cuda":
+        return f"the triton backend was asked for a tensor on {device}"
+    if (reason := why_missing()) is not None:
+        return reason
+    if torch.version.hip is not None:
+        return "the triton backend is written for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    if dtype not in DTYPES:
+        return f"the triton backend has no {dtype} (it has {', '.join(str(d) for d in DTYPES)})"
+    return None
+
+
+class TritonBackend(EagerBackend):
+    """Whole calls by the Triton kernels; PyTorch's operators where they cannot serve (no rows, everything dropped, r > 512)."""
+
+    name = "triton"
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        u: Tensor,
+        sigma: Tensor | None,
+        v: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        core: Tensor | None,
+        gate: Tensor | None,
+        index: Tensor | None,
+        rng_state: Tensor | None,
+        threshold: int,
+    ) -> tuple[Tensor, Tensor]:
+        rows, r = math.prod(x.shape[:-1]), u.shape[1]
+        if threshold == DROPS_ALL or not rows or r > LARGEST_R:
+            return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
+        from svdkern.triton_kernels import configs, forward, launching, linear, pack, shrink, workspace
+
+        a, out, R = _rows(x), v.shape[0], pack.padded(r)
+        weight = None if weight is None else cast(weight, a.dtype)
+        g = _dense(gate, index, rows, r)
+        h = a.new_empty(rows, r, dtype=torch.float32)
+        y = a.new_empty(rows, out)
+        columns, packed = pack.pack(u, False, v, True, a.dtype)
+        factor = keep_scale(threshold)
+        arch = launching.architecture(a.device)
+        if rows <= configs.DECODE_M or weight is None:
+            config = configs.decoding(arch, a.dtype, R)
+            splits = min(16, max(1, a.shape[1] // (4 * config.BK)))
+            partial = shrink.shrink(
+                a, columns, r, rng_state, threshold, factor, _precision(a.dtype), splits,
+                BM=config.BM, BK=config.BK, num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+            linear.linear(
+                a,
+                weight,
+                False,
+                partial,
+                packed,
+                r,
+                sigma,
+                core,
+                g,
+                scale,
+                bias,
+                y,
+                h,
+                None,
+                0,
+                1.0,
+                config,
+                _precision(a.dtype),
+            )
+        else:
+            config = configs.training(arch, a.dtype, R)
+            forward.forward(
+                a, weight, columns, packed, r, sigma, core, g, scale, bias, y, a.new_empty(rows, R), h, rng_state, threshold,
+                factor, workspace.control(a.device, -(-rows // config.BM)), config, launching.processors(a.device),
+                _precision(a.dtype), _tma(arch, a, weight),
+            )  # fmt: skip
+        return as_shaped(y, x), h
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        u: Tensor,
+        sigma: Tensor | None,
+        v: Tensor,
+        scale: Tensor,
+        core: Tensor | None,
+        gate: Tensor | None,
+        index: Tensor | None,
+        h: Tensor | None,
+        rng_state: Tensor | None,
+        threshold: int,
+        want: Gradients,
+    ) -> Gradients:
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
+        rows, r = math.prod(dy.shape[:-1]), u.shape[1]
+        if threshold == DROPS_ALL or not rows or r > LARGEST_R or batched:
+            return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
+        from svdkern.triton_kernels import backward, configs, launching, pack, workspace
+
+        b = _rows(dy)
+        a = None if x is None else _rows(x)
+        dweight = None
+        if want.weight:
+            assert a is not None and weight is not None
+            dweight = self.weight_gradient(b, a, weight)
+        ours = backward.Want(want.x, want.u, want.sigma, want.v, want.bias, want.scale, want.core, want.gate)
+        outs = _outputs(want, b, u, sigma, v, scale, core)
+        if any(ours):
+            base = cast(weight, b.dtype) if want.x and weight is not None else None
+            R, arch = pack.padded(r), launching.architecture(b.device)
+            config = configs.training(arch, b.dtype, R)
+            packed, columns = pack.pack(u, True, v, False, b.dtype)
+            backward.backward(
+                b, a if want.u else None, base, packed, columns, None if h is None else cast(h, torch.float32), r, sigma,
+                core, _dense(gate, index, rows, r), scale, outs, rng_state, threshold, keep_scale(threshold),
+                workspace.control(b.device, -(-rows // config.BM)), config, launching.processors(b.device),
+                _precision(b.dtype), base is not None and _tma(arch, b, base), ours,
+            )  # fmt: skip
+        dgate = None
+        if want.gate:
+            assert gate is not None
+            dgate = gate_gradient(outs["gate"], gate, index)
+        dx = as_shaped(outs["x"], dy) if want.x else None
+        found = (outs.get(name) for name in ("u", "sigma", "v", "bias", "scale", "core"))
+        return Gradients(dx, dweight, *found, dgate)
+
+
+def _outputs(
+    want: Gradients, dy: Tensor, u: Tensor, sigma: Tensor | None, v: Tensor, scale: Tensor, core: Tensor | None
+) -> dict[str, Tensor]:
+    """Where the kernels write: factors' gradients in their dtype and layout, a gate's row by row."""
+    device, (rows, r) = dy.device, (dy.shape[0], u.shape[1])
+    outs = {}
+    for name, like in (("u", u), ("v", v), ("sigma", sigma), ("core", core)):
+        if getattr(want, name):
+            assert like is not None
+            outs[name] = torch.empty_like(like)
+    if want.x:
+        outs["x"] = dy.new_empty(rows, u.shape[0])
+    if want.bias:
+        outs["bias"] = dy.new_empty(v.shape[0])
+    if want.scale:
+        outs["scale"] = torch.empty((), dtype=scale.dtype, device=device)
+    if want.gate:
+        outs["gate"] = torch.empty(rows, r, dtype=torch.float32, device=device)
+    return outs
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as a matrix (M, L) with contiguous rows."""
+    a = as_rows(x)
+    return a if a.stride(1) == 1 or a.shape[1] == 1 else a.contiguous()
+
+
+def _dense(gate: Tensor | None, index: Tensor | None, rows: int, r: int) -> Tensor | None:
+    """The gate of every row, (M, r) in fp32."""
+    if gate is None:
+        return None
+    return gate_rows(cast(gate, torch.float32), index, rows, r).expand(rows, r).contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products of float32: TF32 where PyTorch's own may use it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _tma(arch: int, a: Tensor, weight: Tensor) -> bool:
+    """Whether both operands can be read through tensor descriptors: 16-byte rows, at addresses that are multiples of 16."""
+    if arch < 90 or a.dtype == torch.float32:
+        return False
+    return all(
+        t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0
+        for t in (a, weight)
+    )

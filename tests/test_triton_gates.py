@@ -1,0 +1,138 @@
+"""What the Triton kernels compile to, for GPUs that are not here: registers, spills, shared memory, instructions.
+
+The launchers run as they do on a GPU; a launch is only compiled. `triton_budgets.json` holds registers and shared memory of
+each kernel, arch, dtype, R and version of Triton; more than it says fails. SVDKERN_WRITE_BUDGETS=1 writes it anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import emulation, tritons
+from operands import cast, fused, operands, present, run
+from ptx_emulator.compile import Compiled, tool
+from ptx_emulator.jit import compile_launch
+
+pytestmark = pytest.mark.emulator
+
+BUDGETS = Path(__file__).with_name("triton_budgets.json")
+WRITE = os.environ.get("SVDKERN_WRITE_BUDGETS") == "1"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MOST_REGISTERS = 255
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+QUICK = [(arch, dtype, r) for arch in (80, 90, 100) for dtype, r in (("bf16", 16), ("bf16", 128), ("fp32", 16))]
+ALL = [(arch, dtype, r) for arch in (80, 90, 100) for dtype in DTYPES for r in (16, 64, 128, 256, 512)]
+
+
+@dataclass
+class Gate:
+    """One kernel as it would be launched."""
+
+    name: str
+    compiled: Compiled
+
+    @functools.cached_property
+    def usage(self) -> dict[str, int]:
+        text = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", self.compiled.cubin], capture_output=True, text=True, check=True
+        ).stdout
+        return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+    @functools.cached_property
+    def mnemonics(self) -> set[str]:
+        text = subprocess.run(
+            [tool("nvdisasm"), "-c", self.compiled.cubin], capture_output=True, text=True, check=True
+        ).stdout
+        return set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.M))
+
+
+@functools.cache
+def gates(arch: int, dtype: str, r: int, version: str) -> dict[str, Gate]:
+    """Every kernel of a layer's forward and backward, with many rows and with few."""
+    found: dict[str, Gate] = {}
+    with emulation(arch=arch, version=version, ctas=132) as how, pytest.MonkeyPatch.context() as patch:
+
+        def compile_only(kernel, grid, *arguments, **meta):  # type: ignore[no-untyped-def]
+            found[kernel.fn.__name__] = Gate(
+                kernel.fn.__name__, compile_launch(kernel, arguments, meta, arch, version)[0]
+            )
+
+        patch.setattr("svdkern.triton_kernels.launching.launch", compile_only)
+        for rows in (256, 16):
+            o = cast(operands(rows, 256, 512, r), DTYPES[dtype], (torch.float32,) * 3)
+            wanted = tuple(name for name in present(o) if name not in ("weight", "bias", "scale"))
+            run(lambda leaves: fused(leaves, backend="triton"), o, torch.randn(rows, 512).to(DTYPES[dtype]), wanted)
+        assert how.arch == arch
+    assert set(found) == {
+        "pack_kernel",
+        "forward_kernel",
+        "backward_kernel",
+        "reduce_kernel",
+        "shrink_kernel",
+        "linear_kernel",
+    }
+    return found
+
+
+def budgets() -> dict[str, dict[str, int]]:
+    return json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
+
+
+def check(arch: int, dtype: str, r: int, version: str) -> None:
+    allowed, seen = budgets(), {}
+    for name, gate in gates(arch, dtype, r, version).items():
+        key = f"{name} sm_{arch} {dtype} r={r} triton {version}"
+        assert gate.usage["LOCAL"] == 0 and gate.usage["STACK"] == 0, f"{key} spills: {gate.usage}"
+        assert not any(m.startswith(("LDL", "STL")) for m in gate.mnemonics), f"{key} uses local memory"
+        assert gate.compiled.shared <= SHARED_LIMIT[arch], f"{key} wants {gate.compiled.shared} bytes of shared memory"
+        seen[key] = {"registers": gate.usage["REG"], "shared": gate.compiled.shared}
+        assert gate.usage["REG"] <= MOST_REGISTERS
+        if not WRITE:
+            assert key in allowed, f"{key} has no budget: run with SVDKERN_WRITE_BUDGETS=1 and look at what it writes"
+            for what, most in allowed[key].items():
+                assert seen[key][what] <= most, f"{key}: {what} {seen[key][what]}, at most {most}"
+    if WRITE:
+        BUDGETS.write_text(json.dumps(dict(sorted((allowed | seen).items())), indent=1) + "\n")
+    _instructions(arch, dtype, gates(arch, dtype, r, version))
+
+
+def _instructions(arch: int, dtype: str, found: dict[str, Gate]) -> None:
+    """Tensor cores where the dtype has them, and wide or bulk loads of the operands."""
+    for name in ("forward_kernel", "backward_kernel"):
+        ptx, sass = found[name].compiled.ptx, found[name].mnemonics
+        if dtype != "fp32":
+            assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in ptx
+            assert any(m.startswith({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]) for m in sass)
+        if arch == 80:
+            assert any(re.fullmatch(r"LDGSTS\.E(\.\w+)*\.128(\.\w+)*", m) for m in sass)
+        elif dtype != "fp32":
+            assert any(m.startswith("UTMALDG") for m in sass)
+
+
+@pytest.mark.parametrize(("arch", "dtype", "r"), QUICK)
+def test_kernels_fit_the_part(arch: int, dtype: str, r: int) -> None:
+    check(arch, dtype, r, tritons()[0])
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "r"), [(80, "bf16", 16), (90, "bf16", 16), (90, "bf16", 128), (100, "bf16", 16)]
+)
+def test_kernels_fit_the_part_by_the_oldest_triton(arch: int, dtype: str, r: int) -> None:
+    if len(tritons()) < 2:
+        pytest.skip("needs a second Triton: pip install --no-deps --target <environment>/triton-3.6.0 triton==3.6.0")
+    check(arch, dtype, r, tritons()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", tritons())
+@pytest.mark.parametrize(("arch", "dtype", "r"), ALL)
+def test_every_configuration_fits_the_part(arch: int, dtype: str, r: int, version: str) -> None:
+    check(arch, dtype, r, version)
