@@ -10,6 +10,7 @@ from .bits import (
     bf16_to_f32,
     f32_to_bf16,
     f32_to_f16,
+    f64_to_f32,
     flush,
     size_of,
 )
@@ -18,6 +19,11 @@ from .machine import Machine, instruction
 from .parse import Instruction
 
 PAIRS = {"f16x2": "f16", "bf16x2": "bf16"}
+
+INTEGER, BITS, HALF = r"[us](?:16|32|64)", r"b(?:16|32|64)", r"b?f16(?:x2)?"
+FLOAT = rf"(?:rn\.)?(?:(?:ftz\.)?(?:sat\.)?f32|f64|{HALF})"
+APPROXIMATE = r"approx\.(?:ftz\.)?f32"
+ROUNDED = rf"{APPROXIMATE}|rn\.(?:ftz\.)?f32|rn\.f64"
 
 
 # ------------------------------------------------------------------------------------------------- lanes of halves
@@ -40,9 +46,8 @@ def widen(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def narrow(values: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "bf16":
-        return f32_to_bf16(values)
-    return f32_to_f16(values) if kind == "f16" else values
+    """float64 to halves by one rounding to nearest."""
+    return (f32_to_bf16 if kind == "bf16" else f32_to_f16)(f64_to_f32(values, "odd"))
 
 
 def elementwise(machine: Machine, ins: Instruction, kind: str, operation, inputs: int):
@@ -59,16 +64,14 @@ def elementwise(machine: Machine, ins: Instruction, kind: str, operation, inputs
 
         def run(rows, mask):
             halves = zip(*(unpack(v, part) for v in (r(rows) for r in read)), strict=True)
-            low, high = (
-                narrow(operation(*(h.astype(np.float64) for h in hs)).astype(np.float32), part) for hs in halves
-            )
+            low, high = (narrow(operation(*(h.astype(np.float64) for h in hs)), part) for hs in halves)
             write(pack(low, high), rows, mask)
 
     elif kind in ("f16", "bf16"):
 
         def run(rows, mask):
             wide = [widen(r(rows), kind).astype(np.float64) for r in read]
-            write(narrow(operation(*wide).astype(np.float32), kind), rows, mask)
+            write(narrow(operation(*wide), kind), rows, mask)
 
     else:
 
@@ -86,18 +89,18 @@ def elementwise(machine: Machine, ins: Instruction, kind: str, operation, inputs
 SIMPLE = {"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
-@instruction("add", "sub", "and", "or", "xor")
+@instruction("add", "sub", form=f"{INTEGER}|{FLOAT}")
+@instruction("and", "or", "xor", form=f"pred|{BITS}")
 def _simple(machine: Machine, ins: Instruction):
-    kind = ins.parts[-1]
-    if "cc" in ins.parts or "rz" in ins.parts:
-        raise UnknownInstruction(ins.name)
-    return elementwise(machine, ins, kind, SIMPLE[ins.parts[0]], 2)
+    return elementwise(machine, ins, ins.parts[-1], SIMPLE[ins.parts[0]], 2)
 
 
-@instruction("min", "max")
+@instruction("min", "max", form=rf"{INTEGER}|(?:ftz\.)?(?:NaN\.)?f32|f64|(?:NaN\.)?{HALF}")
 def _min_max(machine: Machine, ins: Instruction):
     """Of a number and a NaN the number, unless `.NaN` asks for the NaN; -0 is less than +0."""
     kind, least = ins.parts[-1], ins.parts[0] == "min"
+    if len(ins.operands) != 3:
+        raise UnknownInstruction(f"{ins.name} of {len(ins.operands) - 1} values")
     if kind[0] in "us":
         return elementwise(machine, ins, kind, np.minimum if least else np.maximum, 2)
     pick = np.minimum if least else np.maximum
@@ -105,13 +108,8 @@ def _min_max(machine: Machine, ins: Instruction):
 
     def operation(a, b):
         result = (pick if "NaN" in ins.parts else ignore)(a, b)
-        zeros = (a == 0) & (b == 0)
-        signed = (
-            np.where(np.signbit(a) | np.signbit(b), -0.0, 0.0)
-            if least
-            else np.where(np.signbit(a) & np.signbit(b), -0.0, 0.0)
-        )
-        return np.where(zeros, signed.astype(result.dtype), result)
+        negative = (np.logical_or if least else np.logical_and)(np.signbit(a), np.signbit(b))
+        return np.where((a == 0) & (b == 0), np.where(negative, -0.0, 0.0).astype(result.dtype), result)
 
     return elementwise(machine, ins, kind, operation, 2)
 
@@ -131,16 +129,14 @@ def _high_64(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
     return np.array([int(v) & (2**64 - 1) for v in wide.reshape(-1)], np.uint64).reshape(wide.shape).view(TYPES[kind])
 
 
-@instruction("mul", "mad", "mul24", "mad24")
+@instruction("mul", "mad", form=rf"(?:lo|hi)\.{INTEGER}|wide\.[us](?:16|32)|{FLOAT}")
 def _multiply(machine: Machine, ins: Instruction):
     kind = ins.parts[-1]
-    add = ins.parts[0].startswith("mad")
+    add = ins.parts[0] == "mad"
     if kind[0] not in "us":
         if add:
             return _fused(machine, ins)
         return elementwise(machine, ins, kind, np.multiply, 2)
-    if "24" in ins.parts[0] or "sat" in ins.parts or "cc" in ins.parts:
-        raise UnknownInstruction(ins.name)
     a, b = (machine.reader(operand, kind) for operand in ins.operands[1:3])
     write = machine.writer(ins.operands[0])
     wide = "wide" in ins.parts
@@ -161,11 +157,11 @@ def _multiply(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("fma")
+@instruction("fma", form=rf"rn\.(?:(?:ftz\.)?(?:sat\.)?f32|{HALF})")
 def _fused(machine: Machine, ins: Instruction):
     """One rounding: f32 through f64, whose product is exact and whose sum is corrected where it would round twice."""
     kind = ins.parts[-1]
-    if kind == "f64" or "rz" in ins.parts or "rm" in ins.parts or "rp" in ins.parts or "relu" in ins.parts:
+    if kind == "f64":
         raise UnknownInstruction(ins.name)
     if kind == "f32":
         return elementwise(machine, ins, kind, fused_multiply_add, 3)
@@ -187,7 +183,8 @@ def _to_odd(product: np.ndarray, addend: np.ndarray) -> np.ndarray:
     return np.where(inexact, bits + towards, bits).view(np.float64)
 
 
-@instruction("div", "rem")
+@instruction("div", form=rf"{INTEGER}|full\.(?:ftz\.)?f32|{ROUNDED}")
+@instruction("rem", form=INTEGER)
 def _divide(machine: Machine, ins: Instruction):
     kind, rest = ins.parts[-1], ins.parts[0] == "rem"
     if kind[0] not in "us":
@@ -222,9 +219,13 @@ UNARY = {
 }
 
 
-@instruction(*UNARY)
+@instruction("neg", "abs", form=rf"s(?:16|32|64)|(?:ftz\.)?f32|f64|{HALF}")
+@instruction("sqrt", "rcp", form=ROUNDED)
+@instruction("rsqrt", "lg2", "sin", "cos", form=APPROXIMATE)
+@instruction("ex2", form=rf"{APPROXIMATE}|approx\.f16(?:x2)?")
+@instruction("tanh", form=rf"approx\.(?:f32|{HALF})")
 def _unary(machine: Machine, ins: Instruction):
-    """Approximations (`.approx`) are taken correctly rounded: the ISA allows a few units in the last place."""
+    """Approximations (`.approx`) are as numpy has them: the ISA allows a few units in the last place."""
     name = ins.parts[0]
     if name in ("neg", "abs") and ins.parts[-1] in ("bf16", "f16", "bf16x2", "f16x2"):
         sign = np.uint32(0x80008000) if ins.parts[-1].endswith("x2") else np.uint16(0x8000)
@@ -236,14 +237,16 @@ def _unary(machine: Machine, ins: Instruction):
 # ---------------------------------------------------------------------------------------------------- bits
 
 
-@instruction("not", "cnot")
+@instruction("not", form=f"pred|{BITS}")
+@instruction("cnot", form=BITS)
 def _not(machine: Machine, ins: Instruction):
     if ins.parts[0] == "cnot":
         return elementwise(machine, ins, ins.parts[-1], lambda a: (a == 0).astype(a.dtype), 1)
     return elementwise(machine, ins, ins.parts[-1], np.invert, 1)
 
 
-@instruction("shl", "shr")
+@instruction("shl", form=BITS)
+@instruction("shr", form=r"[bus](?:16|32|64)")
 def _shift(machine: Machine, ins: Instruction):
     """Counts past the width act as the width."""
     kind = ins.parts[-1]
@@ -265,7 +268,7 @@ def _shift(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("shf")
+@instruction("shf", form=r"[lr]\.(?:wrap|clamp)\.b32")
 def _funnel(machine: Machine, ins: Instruction):
     low, high, count = (machine.reader(operand, "u32") for operand in ins.operands[1:4])
     write = machine.writer(ins.operands[0])
@@ -280,32 +283,31 @@ def _funnel(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("bfe")
+@instruction("bfe", form=r"[us](?:32|64)")
 def _extract(machine: Machine, ins: Instruction):
+    """Behind the field, and past the top bit, a signed one repeats its sign: the last bit of the field, at most the top bit."""
     kind = ins.parts[-1]
     width = 8 * size_of(kind)
-    value = machine.reader(ins.operands[1], f"u{width}")
+    value = machine.reader(ins.operands[1], f"s{width}")
     start, length = (machine.reader(operand, "u32") for operand in ins.operands[2:4])
     write = machine.writer(ins.operands[0])
 
     def run(rows, mask):
-        a = value(rows).astype(object) if width == 64 else value(rows).astype(np.int64)
-        at, n = (start(rows) & np.uint32(255)).astype(np.int64), (length(rows) & np.uint32(255)).astype(np.int64)
-        at, n = np.minimum(at, width), np.minimum(n, width)
-        field = (a >> at) & ((1 << np.minimum(n, 62)) - 1 if width < 64 else np.array(1 << n.astype(object)) - 1)
-        if kind[0] == "s":
-            sign = (a >> np.minimum(at + n - 1, width - 1).clip(0)) & 1
-            field = np.where((sign != 0) & (n > 0), field - (1 << n), field)
-        write((field & (2**width - 1)).astype(STORAGE[width]), rows, mask)
+        a, at, n = np.broadcast_arrays(value(rows), start(rows) & np.uint32(255), length(rows) & np.uint32(255))
+        place = at.astype(np.int64)[..., None] + np.arange(width)  # of each bit of the result
+        inside = (np.arange(width) < n[..., None]) & (place < width)
+        bits = (a[..., None] >> np.minimum(place, width - 1).astype(a.dtype)) & a.dtype.type(1)
+        last = np.clip(at.astype(np.int64) + n - 1, 0, width - 1).astype(a.dtype)
+        sign = np.where(n > 0, (a >> last) & a.dtype.type(1), a.dtype.type(0)) * a.dtype.type(kind[0] == "s")
+        bits = np.where(inside, bits, sign[..., None]).astype(STORAGE[width])
+        write((bits << np.arange(width, dtype=STORAGE[width])).sum(-1, dtype=STORAGE[width]), rows, mask)
 
     return run
 
 
-@instruction("bfi")
+@instruction("bfi", form="b32")
 def _insert(machine: Machine, ins: Instruction):
     kind = ins.parts[-1]
-    if kind != "b32":
-        raise UnknownInstruction(ins.name)
     into, start, length = (
         machine.reader(ins.operands[2], kind),
         machine.reader(ins.operands[3], "u32"),
@@ -325,7 +327,7 @@ def _insert(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("lop3")
+@instruction("lop3", form="b32")
 def _logic(machine: Machine, ins: Instruction):
     a, b, c = (machine.reader(operand, "b32") for operand in ins.operands[1:4])
     table = int(ins.operands[4], 0)
@@ -343,10 +345,8 @@ def _logic(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("prmt")
+@instruction("prmt", form="b32")
 def _permute(machine: Machine, ins: Instruction):
-    if ins.parts[1:] != ("b32",):
-        raise UnknownInstruction(ins.name)
     a, b, selector = (machine.reader(operand, "b32") for operand in ins.operands[1:4])
     write = machine.writer(ins.operands[0])
 
@@ -366,11 +366,9 @@ def _permute(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("popc", "clz", "brev", "bfind")
+@instruction("popc", "clz", "brev", form="b32")
+@instruction("bfind", form="u32")
 def _count(machine: Machine, ins: Instruction):
-    kind = ins.parts[-1]
-    if kind not in ("b32", "u32"):
-        raise UnknownInstruction(ins.name)
     value, write = machine.reader(ins.operands[1], "u32"), machine.writer(ins.operands[0])
 
     def run(rows, mask):
@@ -387,10 +385,8 @@ def _count(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("dp4a")
+@instruction("dp4a", form=r"s32\.s32|u32\.u32")
 def _dot_bytes(machine: Machine, ins: Instruction):
-    if ins.parts[1:] not in (("s32", "s32"), ("u32", "u32")):
-        raise UnknownInstruction(ins.name)
     a, b, c = (machine.reader(operand, "u32") for operand in ins.operands[1:4])
     write, byte = machine.writer(ins.operands[0]), np.int8 if ins.parts[1] == "s32" else np.uint8
 

@@ -5,17 +5,20 @@ destination must not be touched and its source must not change, and a product's 
 its accumulators read. A program that waits where it must gives the same bits in both.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from .errors import MissingFence, PtxError, StillInFlight, UnknownInstruction
 from .machine import Machine, instruction
-from .parse import Address, Instruction
+from .parse import Instruction
 
 
 class InFlight:
     """Watches shared memory: which bytes pending operations read or write."""
+
+    sees_atomics = True
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -29,15 +32,14 @@ class InFlight:
         self._refuse(self.writing, where, "written", "written")
         self._refuse(self.reading, where, "written", "read")
 
-    def warp_barrier(self, warps: np.ndarray) -> None: ...
-
     def _refuse(self, busy: np.ndarray, where: np.ndarray, now: str, then: str) -> None:
         touched = busy[where]
         if touched.any():
             k = int(np.argmax(touched.reshape(len(where), -1).any(1)))
             address = int(where[k].reshape(-1)[0]) % self.machine.shared.size
             raise StillInFlight(
-                f"shared address {address} is {now} while an asynchronous operation that nobody waited for has still to be {then}",
+                f"shared address {address} is {now} while an asynchronous operation that nobody waited for is still to "
+                f"have it {then}",
                 k,
             )
 
@@ -47,6 +49,8 @@ class Proxies:
 
     A fence covers what its own warp wrote, and what a CTA barrier has ordered before it.
     """
+
+    sees_atomics = True
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -64,8 +68,6 @@ class Proxies:
         self.writer[self.machine.shared.span(slot)] = 0
 
     def read(self, where: np.ndarray, warps: np.ndarray) -> None: ...
-
-    def warp_barrier(self, warps: np.ndarray) -> None: ...
 
     def write(self, where: np.ndarray, warps: np.ndarray) -> None:
         self.writer[where] = (warps % self.machine.warps_per_cta + 1).astype(np.int16)[:, None]
@@ -87,7 +89,8 @@ class Proxies:
             k = int(np.argmax(self.writer[where].reshape(-1) != 0))
             address = int(where.reshape(-1)[k]) % self.machine.shared.size
             raise MissingFence(
-                f"{what} reads shared address {address} through the async proxy; it was written by the generic proxy with no fence.proxy.async since"
+                f"{what} reads shared address {address} through the async proxy, which the generic proxy wrote with no "
+                f"fence.proxy.async since"
             )
 
 
@@ -116,13 +119,14 @@ class Copies:
         shared, flight = self.machine.shared, self.machine.in_flight
         for watcher in shared.watchers:
             watcher.write(copy.where, warps)
-        if not self.machine.late:
+        if self.machine.late:
+            flight.writing[copy.where] = 1
+        else:
             shared.data[copy.where] = copy.data
             shared.written[copy.where] = True
-            return
-        flight.writing[copy.where] = 1
-        copy.group = self.committed[copy.lanes]
-        self.pending.append(copy)
+        if self.machine.late or self.machine.races is not None:
+            copy.group = self.committed[copy.lanes]
+            self.pending.append(copy)
 
     def commit(self, lanes: np.ndarray) -> None:
         self.committed[lanes] += 1
@@ -146,6 +150,9 @@ class Copies:
         self.pending = kept
 
     def _finish(self, copy: Copy, done: np.ndarray) -> None:
+        if self.machine.races is not None:
+            self.machine.races.write(copy.where[done], copy.lanes[done] // 32)
+            return
         data = read_global(
             self.machine, copy.source[done], copy.used[done], copy.where.shape[1], copy.lanes[done] // 32
         )
@@ -160,9 +167,6 @@ class Copies:
 
     def left(self, warps: np.ndarray) -> None:
         """Copies of warps that ended without waiting: nobody can have read them."""
-        for copy in self.pending:
-            gone = np.isin(copy.lanes // 32, warps)
-            self.machine.in_flight.writing[copy.where[gone]] = 0
         self.wait((warps[:, None] * 32 + np.arange(32)).reshape(-1), None)
 
 
@@ -180,6 +184,9 @@ def read_global(machine: Machine, address: np.ndarray, used: np.ndarray, size: i
     return data
 
 
+COPY = r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::(?:cache_hint|64B|128B|256B))*"
+
+
 @instruction("cp")
 def _copy(machine: Machine, ins: Instruction):
     from .bulk import bulk_copy
@@ -194,15 +201,20 @@ def _copy(machine: Machine, ins: Instruction):
         flat = (machine.warp_ids(rows)[:, None] * 32 + np.arange(32)).reshape(-1)
         return flat if mask is None else flat[mask.reshape(-1)]
 
-    if ins.parts[2] == "commit_group":
+    if ins.parts[2:] == ("commit_group",):
         return lambda rows, mask: copies.commit(lanes_of(rows, mask))
-    if ins.parts[2] in ("wait_group", "wait_all"):
+    if ins.parts[2:] in (("wait_group",), ("wait_all",)):
         left = int(ins.operands[0], 0) if ins.parts[2] == "wait_group" else None
         return lambda rows, mask: copies.wait(lanes_of(rows, mask), left)
-    if ins.parts[2] not in ("ca", "cg") or not isinstance(ins.operands[0], Address):
+    if not re.fullmatch(COPY, ins.name):
         raise UnknownInstruction(ins.name)
-    to, source, size = machine.address(ins.operands[0]), machine.address(ins.operands[1]), int(ins.operands[2], 0)
-    used = machine.reader(ins.operands[3], "u32") if len(ins.operands) > 3 else None
+    operands = ins.operands[:-1] if "L2::cache_hint" in ins.parts else ins.operands
+    to, source, size = machine.address(operands[0]), machine.address(operands[1]), int(operands[2], 0)
+    if size not in ((16,) if ins.parts[2] == "cg" else (4, 8, 16)):
+        raise UnknownInstruction(f"{ins.name} of {size} bytes")
+    if len(operands) > 3 and machine.kernel.registers.get(operands[3]) == "pred":
+        raise UnknownInstruction(f"{ins.name} with an ignore-src predicate")
+    used = machine.reader(operands[3], "u32") if len(operands) > 3 else None
 
     def run(rows, mask):
         shape = (len(machine.warp_ids(rows)), 32)
@@ -228,7 +240,8 @@ def _copy(machine: Machine, ins: Instruction):
 @dataclass(eq=False)
 class Pending:
     product: object
-    registers: tuple
+    registers: tuple  # the accumulators
+    busy: set[str]  # these, and the registers that hold A
     where: np.ndarray
     group: int
     text: str
@@ -242,7 +255,13 @@ class Products:
         self.pending: list[list[Pending]] = [[] for _ in range(machine.warps)]
         self.held: list[dict[tuple, np.ndarray]] = [{} for _ in range(machine.warps)]
         self.committed = np.zeros(machine.warps, np.int64)
-        self.touched: dict[str, np.ndarray] = {}  # register -> warps that wrote it since their last wgmma.fence
+        self.touched: dict[str, np.ndarray] = {}  # register -> warps that used it since their last wgmma.fence
+        machine.on_start.append(self.start)
+
+    def start(self, slot: int) -> None:
+        """The first wgmma needs a fence in any case."""
+        for touched in self.touched.values():
+            touched[slot * self.machine.warps_per_cta : (slot + 1) * self.machine.warps_per_cta] = True
 
     def uses(self, registers: tuple) -> None:
         for name in registers:
@@ -251,50 +270,58 @@ class Products:
     def guard_registers(self) -> None:
         """Once all instructions are known: those that touch a register of a wgmma look here first."""
         for step in self.machine.program:
-            ins = step.instruction
-            if step.run is None or ins.parts[0] == "wgmma":
+            if step.run is None or step.instruction.parts[0] == "wgmma":
                 continue
-            names = {n for o in ins.operands for n in (o if isinstance(o, tuple) else (o,)) if n in self.touched}
-            if not names:
-                continue
-            first = ins.operands[0] if ins.parts[0] not in ("st", "red", "stmatrix") else ()
-            written = [n for n in (first if isinstance(first, tuple) else (first,)) if n in self.touched]
-            step.run = self._guarded(step.run, names, written)
+            names = {n for o in step.instruction.operands for n in (o if isinstance(o, tuple) else (o,))}
+            if not names.isdisjoint(self.touched):
+                step.run = self._guarded(step.run, names & self.touched.keys())
 
-    def _guarded(self, run, names: set[str], written: list[str]):
+    def _guarded(self, run, names: set[str]):
         def guarded(rows, mask):
-            for warp in self.machine.warp_ids(rows):
-                for pending in self.pending[warp]:
-                    if not names.isdisjoint(pending.registers):
-                        raise StillInFlight(f"registers of a wgmma are used before wgmma.wait_group: {pending.text}")
-            for name in written:
-                self.touched[name][rows] = True
+            warps = self.machine.here(rows, mask)
+            for warp in warps:
+                self._refuse_pending(warp, names)
+            for name in names:
+                self.touched[name][warps] = True
             run(rows, mask)
 
         return guarded
+
+    def _refuse_pending(self, warp: int, names: set[str]) -> None:
+        for pending in self.pending[warp]:
+            if not names.isdisjoint(pending.busy):
+                raise StillInFlight(f"registers of a wgmma are used before wgmma.wait_group: {pending.text}")
 
     def fence(self, warps: np.ndarray) -> None:
         for touched in self.touched.values():
             touched[warps] = False
 
-    def issue(self, warp: int, registers: tuple, product, where: np.ndarray, text: str) -> None:
+    def issue(self, warp: int, registers: tuple, sources: tuple, product, where: np.ndarray, text: str) -> None:
+        """registers hold the accumulators, sources hold A (none: it is in shared memory); where: bytes that it reads."""
         machine = self.machine
-        for name in registers:
+        for name in (*registers, *sources):
             if self.touched[name][warp]:
-                raise MissingFence(f"register {name} was written since the last wgmma.fence")
+                raise MissingFence(
+                    f"register {name} is used by a wgmma with no wgmma.fence since it was used otherwise"
+                )
+        for pending in self.pending[warp]:
+            if not set(sources).isdisjoint(pending.registers):
+                raise StillInFlight(f"A is in accumulators that nobody waited for: {pending.text}")
         machine.shared.check_written(where)
         machine.proxies.check(where, "wgmma")
         for watcher in machine.shared.watchers:
             watcher.read(where, np.full(len(where), warp))
-        if machine.late:
-            machine.in_flight.reading[where] += 1
-            if registers not in self.held[warp]:
-                self.held[warp][registers] = self._registers(warp, registers)
-                for name in registers:
-                    machine.registers[name][warp] = 0xFFFFFFFF
-            self.pending[warp].append(Pending(product, registers, where, int(self.committed[warp]), text))
+        if machine.late or machine.races is not None:
+            busy = {*registers, *sources}
+            self.pending[warp].append(Pending(product, registers, busy, where, int(self.committed[warp]), text))
+        if not machine.late:
+            self._write(warp, registers, product.finish(self._registers(warp, registers)))
             return
-        self._write(warp, registers, product.finish(self._registers(warp, registers)))
+        machine.in_flight.reading[where] += 1
+        if registers not in self.held[warp]:
+            self.held[warp][registers] = self._registers(warp, registers)
+            for name in registers:
+                machine.registers[name][warp] = 0xFFFFFFFF
 
     def _registers(self, warp: int, registers: tuple) -> np.ndarray:
         return np.stack([self.machine.registers[n][warp].view(np.float32) for n in registers], 1)
@@ -311,6 +338,9 @@ class Products:
             queue = self.pending[warp]
             while queue and queue[0].group < self.committed[warp] - left:
                 done = queue.pop(0)
+                if self.machine.races is not None:
+                    self.machine.races.read(done.where, np.full(len(done.where), warp))
+                    continue
                 self.machine.in_flight.reading[done.where] -= 1
                 result = done.product.finish(self.held[warp][done.registers])
                 self.held[warp][done.registers] = result

@@ -22,6 +22,22 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def f64_to_f32(values: np.ndarray, rounding: str = "rn") -> np.ndarray:
+    """Round to nearest even ("rn"), towards zero ("rz"), or to odd ("odd").
+
+    Rounding what was rounded to odd once more, to 22 bits or fewer, gives what one rounding would have given.
+    """
+    single = np.ascontiguousarray(values.astype(np.float32))
+    if rounding == "rn":
+        return single
+    bits, wide = single.view(np.uint32), single.astype(np.float64)
+    away = np.abs(wide) > np.abs(values)  # an infinity included
+    towards = (np.abs(wide) < np.abs(values)) & (rounding == "odd")
+    odd = (bits & np.uint32(rounding == "odd")) != 0  # it is the odd one of the two neighbours already
+    bits = np.where(odd, bits, bits - away.astype(np.uint32) + towards.astype(np.uint32))
+    return bits.view(np.float32)
+
+
 def f32_to_bf16(values: np.ndarray, rounding: str = "rn") -> np.ndarray:
     """Round to nearest even ("rn") or towards zero ("rz"); every NaN becomes 0x7fff, as the ISA has it."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
@@ -33,25 +49,26 @@ def f32_to_bf16(values: np.ndarray, rounding: str = "rn") -> np.ndarray:
 
 
 def f32_to_f16(values: np.ndarray, rounding: str = "rn") -> np.ndarray:
-    """float16; past the range rn gives an infinity, rz the largest finite number."""
+    """float16; past the range rn gives an infinity, rz the largest finite number; every NaN becomes 0x7fff."""
     with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
+        half = values.astype(np.float16).view(np.uint16)
     if rounding == "rz":
-        wide = half.astype(np.float32)
-        away = np.abs(wide) > np.abs(values)  # rounded away from zero, an infinity included
-        half = np.where(away, (half.view(np.uint16) - np.uint16(1)).view(np.float16), half)
-    return half
+        away = np.abs(half.view(np.float16).astype(np.float32)) > np.abs(values)  # an infinity included
+        half = half - away.astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), half).view(np.float16)
 
 
 def f32_to_tf32(values: np.ndarray, rounding: str) -> np.ndarray:
-    """10 bits of mantissa kept in an f32: nearest, ties away ("rna") or to even ("rn"); "rz" drops the rest."""
+    """10 bits of mantissa kept in an f32: nearest, ties away ("rna") or to even ("rn"); "rz" drops the rest.
+
+    Every NaN becomes 0x7fffffff: its upper 19 bits alone, which is what a tensor core sees, are a NaN as well.
+    """
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    if rounding == "rna":
-        bits = bits + np.uint32(0x1000)
-    elif rounding == "rn":
-        bits = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
-    kept = (bits & np.uint32(0xFFFFE000)).view(np.float32)
-    return np.where(np.isfinite(values), kept, values)
+    up = {"rz": 0, "rna": np.uint32(0x1000), "rn": np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))}[
+        rounding
+    ]
+    kept = np.where(np.isinf(values), bits, (bits + up) & np.uint32(0xFFFFE000))
+    return np.where(np.isnan(values), np.uint32(0x7FFFFFFF), kept).view(np.float32)
 
 
 def flush(values: np.ndarray) -> np.ndarray:

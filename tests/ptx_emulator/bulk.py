@@ -194,11 +194,12 @@ class BulkStores:
         machine.on_exit.append(self.left)
 
     def issue(self, thread: int, where: np.ndarray, write) -> None:
-        if not self.machine.late:
+        if self.machine.late:
+            self.machine.in_flight.reading[where] += 1
+        else:
             write()
-            return
-        self.machine.in_flight.reading[where] += 1
-        self.pending.append([thread, int(self.committed[thread]), where, write])
+        if self.machine.late or self.machine.races is not None:
+            self.pending.append([thread, int(self.committed[thread]), where, write])
 
     def commit(self, threads: np.ndarray) -> None:
         self.committed[threads] += 1
@@ -208,11 +209,13 @@ class BulkStores:
         kept = []
         for entry in self.pending:
             thread, group, where, write = entry
-            if thread in waiting and group < self.committed[thread] - left:
+            if thread not in waiting or group >= self.committed[thread] - left:
+                kept.append(entry)
+            elif self.machine.late:
                 self.machine.in_flight.reading[where] -= 1
                 write()
             else:
-                kept.append(entry)
+                self.machine.races.read(where, np.full(len(where), thread // 32))
         self.pending = kept
 
     def left(self, warps: np.ndarray) -> None:
@@ -295,7 +298,9 @@ def _tensor_load(machine: Machine, ins: Instruction):
             if machine.statistics is not None:
                 machine.statistics.bulk(ins, map_.bytes)
 
-            def land(inside=inside, source_at=source_at, bytes_=bytes_, map_=map_, mbarrier=mbarrier, slot=slot):
+            def land(
+                inside=inside, source_at=source_at, bytes_=bytes_, map_=map_, mbarrier=mbarrier, slot=slot, warp=warp
+            ):
                 data = np.zeros(bytes_.shape, np.uint8)
                 if inside.any():
                     data[inside] = machine.memory.load_async(source_at[inside], map_.element, slot).reshape(
@@ -307,6 +312,8 @@ def _tensor_load(machine: Machine, ins: Instruction):
                     machine.proxies.writer[bytes_] = 0
                 if machine.late:
                     machine.in_flight.writing[bytes_] = 0
+                if machine.races is not None:  # who waits for the bytes is ordered behind the copy
+                    mbarrier.clock = machine.races.arrive(mbarrier.clock, warp)
                 mbarrier.bytes -= map_.bytes
                 mbarrier.settle()
 

@@ -22,15 +22,11 @@ def whole_warp(machine: Machine, rows, mask, what: str) -> None:
 def named_lanes(machine: Machine, members: np.ndarray, rows, mask, what: str) -> None:
     """The lanes that a membermask names must all be here, and those here must be named."""
     here = np.ones((len(machine.warp_ids(rows)), 32), np.bool_) if mask is None else mask
-    named = ((members.astype(np.uint32)[:, :1] >> LANES.astype(np.uint32)) & np.uint32(1)).astype(np.bool_)
-    wrong = (named != here) & here.any(1)[:, None]
+    ballot = _ballot(here)
+    wrong = (ballot != members) & here  # a lane that is not here may hold anything
     if wrong.any():
-        k = int(np.argmax(wrong.any(1)))
-        raise PartialWarp(f"{what} names lanes {_mask(named[k])}, lanes {_mask(here[k])} are here")
-
-
-def _mask(lanes: np.ndarray) -> str:
-    return f"{int((lanes.astype(np.uint64) << LANES.astype(np.uint64)).sum()):#010x}"
+        k, lane = np.argwhere(wrong)[0]
+        raise PartialWarp(f"{what} names lanes {members[k, lane]:#010x}, lanes {ballot[k, lane]:#010x} are here")
 
 
 @instruction("bar", "barrier")
@@ -42,8 +38,6 @@ def _barrier(machine: Machine, ins: Instruction):
         def run(rows, mask):
             wide = np.broadcast_to(members(rows), (len(machine.warp_ids(rows)), 32))
             named_lanes(machine, wide, rows, mask, "bar.warp.sync")
-            for watcher in machine.shared.watchers:
-                watcher.warp_barrier(machine.warp_ids(rows))
 
         return run
     if parts not in (["sync"], ["arrive"]):

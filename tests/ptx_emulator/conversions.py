@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from .arithmetic import PAIRS, pack, widen
-from .bits import STORAGE, TYPES, f32_to_bf16, f32_to_f16, f32_to_tf32, flush, size_of
+from .arithmetic import BITS, INTEGER, PAIRS, pack, widen
+from .bits import STORAGE, TYPES, f32_to_bf16, f32_to_f16, f32_to_tf32, f64_to_f32, flush, size_of
 from .errors import UnknownInstruction
 from .machine import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, Machine, instruction
 from .parse import Instruction
@@ -24,20 +24,23 @@ JOIN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 def _comparison(name: str):
     """The function of a comparison; `equ`, `ltu` and so on are true where an operand is a NaN, `eq`, `ne`, ... false."""
-    if name in ("num", "nan"):
-        return (
-            (lambda a, b: ~(np.isnan(a) | np.isnan(b))) if name == "num" else (lambda a, b: np.isnan(a) | np.isnan(b))
-        )
+
+    def unordered(a, b):
+        return (a != a) | (b != b)
+
+    if name == "nan":
+        return unordered
+    if name == "num":
+        return lambda a, b: ~unordered(a, b)
     if name in COMPARE:
-        if name == "ne":
-            return lambda a, b: (a != b) & ~((a != a) | (b != b))
-        return COMPARE[name]
-    if name[:-1] in COMPARE and name[-1] == "u":
-        return lambda a, b: COMPARE[name[:-1]](a, b) | (a != a) | (b != b)
-    raise UnknownInstruction(f"comparison .{name}")
+        return lambda a, b: COMPARE[name](a, b) & ~unordered(a, b)
+    return lambda a, b: COMPARE[name[:-1]](a, b) | unordered(a, b)
 
 
-@instruction("setp")
+COMPARISON = "(?:eq|ne|lt|le|gt|ge)u?|lo|ls|hi|hs|num|nan"
+
+
+@instruction("setp", form=rf"(?:{COMPARISON})(?:\.(?:and|or|xor))?(?:\.ftz)?\.(?:{INTEGER}|{BITS}|f32|f64|b?f16)")
 def _set_predicate(machine: Machine, ins: Instruction):
     kind = ins.parts[-1]
     compare = _comparison(ins.parts[1])
@@ -51,15 +54,19 @@ def _set_predicate(machine: Machine, ins: Instruction):
         x, y = a(rows), b(rows)
         if kind in ("bf16", "f16"):
             x, y = widen(x, kind), widen(y, kind)
+        if "ftz" in ins.parts:
+            x, y = flush(x), flush(y)
         results = [compare(x, y)]
         results.append(~results[0])
+        if join is not None:
+            results = [join(result, other(rows)) for result in results]
         for write, result in zip(writes, results, strict=False):
-            write(result if join is None else join(result, other(rows)), rows, mask)
+            write(result, rows, mask)
 
     return run
 
 
-@instruction("selp")
+@instruction("selp", form=r"[bus](?:16|32|64)|f32|f64")
 def _select(machine: Machine, ins: Instruction):
     kind = ins.parts[-1]
     a, b = (machine.reader(operand, kind) for operand in ins.operands[1:3])
@@ -70,7 +77,7 @@ def _select(machine: Machine, ins: Instruction):
 # -------------------------------------------------------------------------------------------- moves and conversions
 
 
-@instruction("mov")
+@instruction("mov", form=r"pred|[bus](?:16|32|64)|f32|f64")
 def _move(machine: Machine, ins: Instruction):
     kind = ins.parts[-1]
     target, source = ins.operands
@@ -104,65 +111,81 @@ def _move(machine: Machine, ins: Instruction):
 
 
 ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-FLOATS = ("f16", "bf16", "f32", "f64")
+ANY = r"(?:[us](?:8|16|32|64)|b?f16|f32|f64)"
+PLAIN = rf"(?:r[nz]\.|r[nzmp]i\.)?(?:ftz\.)?(?:sat\.)?{ANY}\.{ANY}"
 
 
-@instruction("cvt")
+@instruction("cvt", form=rf"{PLAIN}|(?:rn|rz|rna)\.tf32\.f32|r[nz]\.b?f16x2\.f32")
 def _convert(machine: Machine, ins: Instruction):
-    rounding = next((p for p in ins.parts if p in ("rn", "rz", "rna", *ROUND)), None)
-    if any(p in ins.parts for p in ("rm", "rp", "relu", "satfinite", "rs")):
-        raise UnknownInstruction(ins.name)
     to, source = ins.parts[-2], ins.parts[-1]
+    rounding = ins.parts[1] if ins.parts[1] in ("rn", "rz", "rna", *ROUND) else None
     write = machine.writer(ins.operands[0])
     if to in PAIRS:  # d = {a, b}: the first operand is the upper half
-        part = PAIRS[to]
-        if source != "f32":
-            raise UnknownInstruction(ins.name)
         high, low = (machine.reader(operand, "f32") for operand in ins.operands[1:3])
-        round_to = f32_to_bf16 if part == "bf16" else f32_to_f16
+        round_to = f32_to_bf16 if PAIRS[to] == "bf16" else f32_to_f16
         return lambda rows, mask: write(pack(round_to(low(rows), rounding), round_to(high(rows), rounding)), rows, mask)
     read = machine.reader(ins.operands[1], source)
-    ftz = "ftz" in ins.parts
+    if to[0] in "us":
+        convert = _to_integer(ins, to, source, rounding)
+    else:
+        convert = _to_float(ins, to, source, rounding)
+    flushes = flush if "ftz" in ins.parts and source == "f32" else lambda values: values
+    wide = (lambda values: widen(values, source)) if source in ("bf16", "f16") else lambda values: values
+    return lambda rows, mask: write(convert(flushes(wide(read(rows)))), rows, mask)
 
-    def run(rows, mask):
-        value = read(rows)
-        if source in ("bf16", "f16"):
-            value = widen(value, source)
-        if ftz and value.dtype == np.float32:
+
+def _to_float(ins: Instruction, to: str, source: str, rounding: str | None):
+    sat, ftz = "sat" in ins.parts, "ftz" in ins.parts and to == "f32"
+    if source in ("u64", "s64") and (to in ("f16", "bf16") or rounding == "rz"):
+        raise UnknownInstruction(ins.name)  # f64, through which integers pass, cannot hold all of them
+
+    def convert(value):
+        if rounding in ROUND:
+            value = ROUND[rounding](value)
+        if to == "f64":
+            return value.astype(np.float64)
+        if to == "tf32":
+            return f32_to_tf32(value, rounding)
+        if to == "f32" and (rounding != "rz" or value.dtype == np.float32):
+            value = value.astype(np.float32)
+        elif value.dtype != np.float32:
+            value = f64_to_f32(value.astype(np.float64), "rz" if to == "f32" else "odd")
+        if sat:
+            value = np.clip(np.where(np.isnan(value), np.float32(0), value), np.float32(0), np.float32(1))
+        if ftz:
             value = flush(value)
-        if to == "bf16":
-            value = f32_to_bf16(value.astype(np.float32), rounding or "rn")
-        elif to == "f16":
-            value = f32_to_f16(value, rounding or "rn") if value.dtype == np.float32 else value.astype(np.float16)
-        elif to == "tf32":
-            value = f32_to_tf32(value, rounding or "rn")
-        elif to in FLOATS:
-            value = ROUND[rounding](value) if rounding in ROUND else value
-            value = value.astype(TYPES[to])
-        elif source in FLOATS:
-            value = _float_to_integer(ROUND[rounding or "rzi"](value.astype(np.float64)), to)
-        elif "sat" in ins.parts:
-            limits = np.iinfo(TYPES[to])
-            value = np.clip(value.astype(object), limits.min, limits.max).astype(TYPES[to])
-        else:
-            value = value.astype(TYPES[to])
-        write(value, rows, mask)
+        if to == "f32":
+            return value
+        return (f32_to_bf16 if to == "bf16" else f32_to_f16)(value, "rz" if rounding == "rz" else "rn")
 
-    return run
+    return convert
 
 
-def _float_to_integer(values: np.ndarray, kind: str) -> np.ndarray:
-    """Clamped to the range; a NaN gives 0 (of 32 bits and fewer) or the top bit alone (of 64)."""
+def _to_integer(ins: Instruction, to: str, source: str, rounding: str | None):
+    if source[0] not in "us":
+        if rounding not in ROUND:
+            raise UnknownInstruction(ins.name)
+        return lambda value: _float_to_integer(ROUND[rounding](value.astype(np.float64)), to, source)
+    if "sat" not in ins.parts:
+        return lambda value: value.astype(TYPES[to])
+    own, limits = np.iinfo(TYPES[source]), np.iinfo(TYPES[to])
+    low, high = max(own.min, limits.min), min(own.max, limits.max)
+    return lambda value: np.clip(value, low, high).astype(TYPES[to])
+
+
+def _float_to_integer(values: np.ndarray, kind: str, source: str) -> np.ndarray:
+    """Clamped to the range; a NaN gives the top bit alone where one of the two types has 64 bits, otherwise 0."""
     limits = np.iinfo(TYPES[kind])
     inside = np.clip(np.nan_to_num(values), float(limits.min), float(limits.max))
     top = inside >= float(limits.max)
     result = np.where(top, limits.max, np.where(top, 0, inside).astype(TYPES[kind])).astype(TYPES[kind])
-    if limits.bits == 64:
-        result = np.where(np.isnan(values), np.uint64(1 << 63).astype(TYPES[kind]), result)
+    nan = limits.min or 1 << (limits.bits - 1)
+    if limits.bits == 64 or source == "f64":
+        result = np.where(np.isnan(values), np.array(nan, TYPES[kind]), result)
     return result
 
 
-@instruction("cvta")
+@instruction("cvta", form=r"(?:to\.)?(?:global|shared(?:::cta)?|local|const|param(?:::entry)?)\.u(?:32|64)")
 def _to_generic(machine: Machine, ins: Instruction):
     space = next(p.split("::")[0] for p in reversed(ins.parts) if not p.startswith("u"))
     window = np.uint64({"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}.get(space, 0))

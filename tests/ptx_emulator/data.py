@@ -2,12 +2,17 @@
 
 import numpy as np
 
-from .bits import STORAGE, TYPES, as_bits, as_type, size_of
-from .errors import PtxError, UnknownInstruction
-from .machine import LOCAL_WINDOW, SHARED_WINDOW, Machine, instruction
+from .bits import STORAGE, TYPES, as_bits, size_of
+from .errors import BadAddress, PtxError, UnknownInstruction
+from .machine import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, Machine, instruction
 from .parse import Instruction
 
 SPACES = ("global", "shared", "local", "const", "param")
+
+ORDER = r"(?:(?:weak|volatile|relaxed|acquire|release)\.)?(?:(?:cta|cluster|gpu|sys)\.)?"
+SPACE = r"(?:(?:global|shared(?:::cta|::cluster)?|local|const|param(?:::entry)?)\.)?"
+CACHE = r"(?:(?:nc|ca|cg|cs|lu|cv|wb|wt|L[12]::\w+(?:::\w+)?)\.)*"
+VALUE = r"(?:v[248]\.)?(?:[bus](?:8|16|32|64)|f32|f64)"
 
 
 def space_of(ins: Instruction) -> str:
@@ -18,35 +23,52 @@ def vector(operand) -> tuple:
     return operand if isinstance(operand, tuple) else (operand,)
 
 
+def elements(ins: Instruction, operand) -> tuple:
+    """The registers of a load or store, as many as it says (`.v4`)."""
+    count = next((int(p[1]) for p in ins.parts if p in ("v2", "v4", "v8")), 1)
+    if len(vector(operand)) != count:
+        raise UnknownInstruction(f"{ins.name} of {len(vector(operand))} registers")
+    return vector(operand)
+
+
+def beyond_cta(ins: Instruction) -> bool:
+    """Whether what the access orders, it orders for other CTAs too."""
+    return not {"cta", "cluster"} & set(ins.parts)
+
+
+WINDOWS = {"global": 0, "shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
+
+
+def in_window(address: np.ndarray, space: str) -> np.ndarray:
+    """Which generic addresses are of `space`."""
+    which = np.searchsorted([*WINDOWS.values()], address.astype(np.int64), side="right") - 1
+    return which == [*WINDOWS].index(space)
+
+
 def by_space(machine: Machine, ins: Instruction, address: np.ndarray):
     """(space, positions, addresses in that space) of an access; a generic one may fall in several."""
     space = space_of(ins)
     if space != "generic":
         return [("global" if space == "const" else space, slice(None), address)]
     found = []
-    shared = (address >= SHARED_WINDOW) & (address < LOCAL_WINDOW)
-    local = address >= LOCAL_WINDOW
-    for name, where, window in (
-        ("shared", shared, SHARED_WINDOW),
-        ("local", local, LOCAL_WINDOW),
-        ("global", ~(shared | local), 0),
-    ):
+    for name, window in WINDOWS.items():
+        where = in_window(address, name)
         if where.any():
             at = np.flatnonzero(where)
             found.append((name, at, address[at] - window))
     return found
 
 
-@instruction("ld", "ldu")
+@instruction("ld", form=ORDER + SPACE + CACHE + VALUE)
 def _load(machine: Machine, ins: Instruction):
     kind = ins.parts[-1]
-    size, targets = size_of(kind), vector(ins.operands[0])
+    size, targets = size_of(kind), elements(ins, ins.operands[0])
     writes = [machine.writer(t) for t in targets]
-    if space_of(ins) == "param":
+    if space_of(ins) == "param" and ins.operands[1].base in machine.kernel.parameter_offsets():
         return _load_parameter(machine, ins, kind, writes)
     address = machine.address(ins.operands[1])
     acquire = "acquire" in ins.parts
-    weak = not (acquire or "volatile" in ins.parts or "relaxed" in ins.parts or "nc" in ins.parts)
+    weak = not {"acquire", "volatile", "relaxed", "nc"} & set(ins.parts)
     stale = "nc" in ins.parts  # the read-only path: what memory held when the kernel began, whatever was acquired since
 
     def run(rows, mask):
@@ -58,15 +80,16 @@ def _load(machine: Machine, ins: Instruction):
                 part = machine.shared.load(addresses, size, len(targets), warps[at])
             elif space == "local":
                 part = _local(machine, addresses, size, len(targets), rows, mask, at)
+            elif space == "param":
+                part = _parameters(machine, addresses, size, len(targets))
             else:
                 part = machine.memory.load(addresses, size, len(targets), warps[at], weak, stale)
-            if machine.statistics is not None and space != "local":
+            if machine.statistics is not None and space in ("global", "shared"):
                 machine.statistics.access(ins, space, addresses, size * len(targets), warps[at])
             for value, got in zip(values, part, strict=True):
                 value[at] = got
         if acquire:
-            for slot in np.unique(machine.slot_of[machine.warp_ids(rows)]):
-                machine.memory.acquire(int(slot))
+            _acquire(machine, ins, np.unique(warps))
         for write, value in zip(writes, values, strict=True):
             write(machine.spread(value.view(TYPES[kind]), rows, mask), rows, mask)
 
@@ -74,27 +97,39 @@ def _load(machine: Machine, ins: Instruction):
 
 
 def _load_parameter(machine: Machine, ins: Instruction, kind: str, writes: list):
-    """Kernel parameters are known now: the load is a constant."""
-    operand = ins.operands[1]
-    parameters = machine.kernel.parameter_offsets()
-    if operand.base not in parameters:
-        raise UnknownInstruction(f"parameter {operand.base}")
-    start = parameters[operand.base] + operand.offset
-    size = size_of(kind)
-    values = np.frombuffer(machine.parameters[start : start + size * len(writes)], TYPES[kind])
+    """A parameter by its name is known now: the load is a constant."""
+    start = np.array([machine.addresses[ins.operands[1].base] + ins.operands[1].offset])
+    values = [v.view(TYPES[kind])[None] for v in _parameters(machine, start, size_of(kind), len(writes))]
 
     def run(rows, mask):
         for write, value in zip(writes, values, strict=True):
-            write(np.array([[value]]), rows, mask)
+            write(value, rows, mask)
 
     return run
+
+
+def _parameters(machine: Machine, address: np.ndarray, size: int, count: int) -> list[np.ndarray]:
+    """Values from the parameter block, as bit patterns."""
+    wrong = (address % (size * count) != 0) | (address < 0) | (address + size * count > len(machine.parameters))
+    if wrong.any():
+        k = int(np.argmax(wrong))
+        raise BadAddress(
+            f"{size * count} bytes at {int(address[k])} of the {len(machine.parameters)} bytes of parameters", k
+        )
+    where = address[:, None] + np.arange(size * count)
+    data = np.frombuffer(machine.parameters, np.uint8)[where].view(STORAGE[8 * size])
+    return [data[:, j] for j in range(count)]
 
 
 def _local(machine: Machine, address, size, count, rows, mask, at, values=None):
     threads = np.repeat(machine.warp_ids(rows) * 32, 32) + np.tile(np.arange(32), len(machine.warp_ids(rows)))
     threads = (threads if mask is None else threads[mask.reshape(-1)])[at]
-    if (address < 0).any() or (address + size * count > machine.local_size).any():
-        raise PtxError(f"local address outside the {machine.local_size} bytes of a thread")
+    wrong = (address < 0) | (address + size * count > machine.local_size) | (address % (size * count) != 0)
+    if wrong.any():
+        k = int(np.argmax(wrong))
+        raise BadAddress(
+            f"{size * count} bytes at local address {int(address[k])}: a thread has {machine.local_size}", k
+        )
     where = address[:, None] + np.arange(size * count)
     if values is None:
         data = np.ascontiguousarray(machine.local[threads[:, None], where]).view(STORAGE[8 * size])
@@ -103,40 +138,57 @@ def _local(machine: Machine, address, size, count, rows, mask, at, values=None):
     return None
 
 
-@instruction("st")
+@instruction("st", form=ORDER + SPACE + CACHE + VALUE)
 def _store(machine: Machine, ins: Instruction):
     kind = ins.parts[-1]
-    size, sources = size_of(kind), vector(ins.operands[1])
+    size, sources = size_of(kind), elements(ins, ins.operands[1])
     reads = [machine.reader(s, kind) for s in sources]
     address = machine.address(ins.operands[0])
-    release = "release" in ins.parts
-    weak = not (release or "volatile" in ins.parts or "relaxed" in ins.parts)
+    weak = not {"release", "volatile", "relaxed"} & set(ins.parts)
 
     def run(rows, mask):
         count = len(machine.warp_ids(rows))
         where = machine.select(np.broadcast_to(address(rows), (count, 32)), rows, mask)
         warps = machine.lanes(rows, mask)
         values = [machine.select(as_bits(np.broadcast_to(r(rows), (count, 32))), rows, mask) for r in reads]
-        if release:
-            _release(machine, rows)
+        if "release" in ins.parts:
+            _release(machine, ins, np.unique(warps))
         for space, at, addresses in by_space(machine, ins, where):
             part = [v[at] for v in values]
-            if machine.statistics is not None and space != "local":
+            if machine.statistics is not None and space in ("global", "shared"):
                 machine.statistics.access(ins, space, addresses, size * len(part), warps[at])
             if space == "shared":
                 machine.shared.store(addresses, part, warps[at])
             elif space == "local":
                 _local(machine, addresses, size, len(part), rows, mask, at, part)
+            elif space == "param":
+                raise BadAddress(f"{ins.name} to the parameters, which are constant")
             else:
                 machine.memory.store(addresses, part, warps[at], weak)
 
     return run
 
 
-def _release(machine: Machine, rows) -> None:
-    for warp in machine.warp_ids(rows):
-        machine.memory.release(int(warp))
-        machine.schedule.released(int(machine.slot_of[warp]))
+def _release(machine: Machine, ins: Instruction, warps: np.ndarray, hold: bool = True) -> None:
+    """Publish what these warps stored and what is ordered before it; at the scope of the CTA, order it.
+
+    hold: others get the time to look before the CTA goes on.
+    """
+    for warp in warps:
+        slot = int(machine.slot_of[warp])
+        if beyond_cta(ins):
+            machine.memory.release(int(warp))
+            if hold:
+                machine.schedule.released(slot)
+        else:
+            machine.memory.barrier(slot, np.array([warp]))
+
+
+def _acquire(machine: Machine, ins: Instruction, warps: np.ndarray) -> None:
+    """See what others published; the CTA's own threads see each other's stores without it."""
+    if beyond_cta(ins):
+        for slot in np.unique(machine.slot_of[warps]):
+            machine.memory.acquire(int(slot))
 
 
 OPERATIONS = {
@@ -150,101 +202,97 @@ OPERATIONS = {
 }
 
 
-@instruction("atom", "red", ends_turn=True)
+ATOMIC = r"(?:(?:relaxed|acquire|release|acq_rel|cta|cluster|gpu|sys|global|shared(?:::cta)?)\.)*"
+
+
+@instruction("atom", "red", form=ATOMIC + r"(?:add|exch|and|or|xor|min|max|cas)\.[usb](?:32|64)", ends_turn=True)
 def _atomic(machine: Machine, ins: Instruction):
     """One lane after another, in the order that the schedule's seed draws; acquire and release as asked.
 
     Floating-point atomics are refused: their result depends on the order, and this project has none.
     """
-    kind = ins.parts[-1]
-    name = next((p for p in ins.parts[1:] if p in OPERATIONS or p in ("cas", "inc", "dec")), None)
-    if name is None or name in ("inc", "dec") or kind[0] not in "usb":
-        raise UnknownInstruction(ins.name)
+    name, kind = ins.parts[-2:]
     operands = list(ins.operands)
     write = machine.writer(operands.pop(0)) if ins.parts[0] == "atom" else machine.writer("_")
     address = machine.address(operands[0])
     reads = [machine.reader(o, kind) for o in operands[1:]]
-    release = "release" in ins.parts or "acq_rel" in ins.parts
-    acquire = "acquire" in ins.parts or "acq_rel" in ins.parts
     size = size_of(kind)
 
     def update(old, new):
         if name == "cas":
-            return new[1] if old == new[0] else old
+            return np.where(old == new[0], new[1], old)
         return OPERATIONS[name](old, new[0])
+
+    def one_lane(where, warp, new):
+        ((space, _, at),) = by_space(machine, ins, where)
+        if space == "shared":
+            old = machine.shared.load(at, size, 1, warp, atomic=True)[0].view(TYPES[kind])
+            machine.shared.store(at, [as_bits(update(old, new))], warp, atomic=True)
+        else:
+            old = machine.memory.load(at, size, 1, warp, weak=False)[0].view(TYPES[kind])
+            machine.memory.store(at, [as_bits(update(old, new))], warp, weak=False)
+        return old[0]
 
     def run(rows, mask):
         count = len(machine.warp_ids(rows))
         where = machine.select(np.broadcast_to(address(rows), (count, 32)), rows, mask)
         warps = machine.lanes(rows, mask)
         new = [machine.select(np.broadcast_to(r(rows), (count, 32)), rows, mask) for r in reads]
-        if release:
-            for warp in np.unique(warps):
-                machine.memory.release(int(warp))
+        if "release" in ins.parts or "acq_rel" in ins.parts:
+            _release(machine, ins, np.unique(warps), hold="release" in ins.parts)
         old = np.empty(len(where), TYPES[kind])
         for k in machine.rng.permutation(len(where)) if machine.schedule.adversarial else range(len(where)):
-            one = slice(k, k + 1)
-            for space, _, at in by_space(machine, ins, where[one]):
-                memory = machine.shared if space == "shared" else machine.memory
-                got = memory.load(at, size, 1, warps[one], *(() if space == "shared" else (False,)))[0].view(
-                    TYPES[kind]
-                )
-                old[k] = got[0]
-                value = as_type(as_bits(np.atleast_1d(update(got, [n[one] for n in new]))), f"b{8 * size}")
-                memory.store(at, [value], warps[one], *(() if space == "shared" else (False,)))
-        if acquire:
-            for slot in np.unique(machine.slot_of[warps]):
-                machine.memory.acquire(int(slot))
-        if release and "acq_rel" not in ins.parts:
-            machine.schedule.released(int(machine.slot_of[warps[0]]))
+            try:
+                old[k] = one_lane(where[k : k + 1], warps[k : k + 1], [n[k : k + 1] for n in new])
+            except PtxError as problem:
+                problem.lane = int(k)
+                raise
+        if "acquire" in ins.parts or "acq_rel" in ins.parts:
+            _acquire(machine, ins, np.unique(warps))
         write(machine.spread(old, rows, mask), rows, mask)
 
     return run
 
 
-@instruction("fence", "membar", ends_turn=True)
+FENCE = r"(?:sc|acq_rel)\.(?:cta|cluster|gpu|sys)|mbarrier_init\.release\.cluster"
+
+
+@instruction("fence", form=rf"{FENCE}|proxy\.async(?:\.(?:global|shared(?:::cta|::cluster)?))?", ends_turn=True)
+@instruction("membar", form="cta|gl|sys", ends_turn=True)
 def _fence(machine: Machine, ins: Instruction):
     """A thread fence publishes what is ordered before it and makes what others published visible."""
     if "proxy" in ins.parts:
+        space = space_of(ins)
 
         def proxies(rows, mask):
-            warps = machine.warp_ids(rows)
-            machine.proxies.fence(warps)
-            if not ins.parts[-1].startswith("shared"):
+            warps = machine.here(rows, mask)
+            if space != "global":
+                machine.proxies.fence(warps)
+            if space != "shared":
                 for slot in np.unique(machine.slot_of[warps]):
                     machine.memory.fence_async(int(slot))
 
         return proxies
-    if "mbarrier_init" in ins.parts or ins.parts[-1] in ("cta", "cluster"):
+    if "mbarrier_init" in ins.parts:
         return lambda rows, mask: None
 
     def run(rows, mask):
-        _release(machine, rows)
-        for slot in np.unique(machine.slot_of[machine.warp_ids(rows)]):
-            machine.memory.acquire(int(slot))
+        warps = machine.here(rows, mask)
+        _release(machine, ins, warps)
+        _acquire(machine, ins, warps)
 
     return run
 
 
-@instruction(
-    "prefetch", "prefetchu", "applypriority", "discard", "griddepcontrol", "nanosleep", "setmaxnreg", "pmevent"
-)
+@instruction("prefetch", "prefetchu", "applypriority", "griddepcontrol", "nanosleep", "setmaxnreg", "pmevent")
 def _hint(machine: Machine, ins: Instruction):
     return lambda rows, mask: None
 
 
-@instruction("isspacep")
+@instruction("isspacep", form=r"global|shared(?:::cta)?|local|param(?:::entry)?")
 def _is_space(machine: Machine, ins: Instruction):
     read, write = machine.reader(ins.operands[1], "u64"), machine.writer(ins.operands[0])
-    space = ins.parts[1].split("::")[0]
-
-    def run(rows, mask):
-        address = read(rows)
-        shared = (address >= np.uint64(SHARED_WINDOW)) & (address < np.uint64(LOCAL_WINDOW))
-        local = address >= np.uint64(LOCAL_WINDOW)
-        write({"shared": shared, "local": local, "global": ~(shared | local)}[space], rows, mask)
-
-    return run
+    return lambda rows, mask: write(in_window(read(rows), space_of(ins)), rows, mask)
 
 
 @instruction("createpolicy")

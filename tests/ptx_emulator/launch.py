@@ -28,7 +28,7 @@ MODES = ("convergent", "late", "adversarial", "race")
 ADVERSARIES = ("warp", "cta", "starve_cta", "priority", "starve_warp")
 ASYNC_PROXY = ("wgmma", "cp.async.bulk")
 
-Argument = torch.Tensor | TensorMap | int | float
+Argument = torch.Tensor | TensorMap | int | float | bytes
 
 
 def run_ptx(
@@ -47,8 +47,8 @@ def run_ptx(
 ) -> Machine:
     """Launch a kernel of `threads` threads a CTA on CPU tensors; raises a PtxError where the program is wrong.
 
-    arguments are in the order of the kernel's parameters; those left over are zeros. Memory that the kernel may touch
-    is that of the tensors given, and tensors in `read_only` may not be written.
+    arguments are in the order of the kernel's parameters, structs as bytes; those left over are zeros. Memory that the
+    kernel may touch is that of the tensors given, and tensors in `read_only` may not be written.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r}: one of {MODES}")
@@ -112,7 +112,7 @@ def pack(kernel: Kernel, arguments: Sequence[Argument]) -> tuple[bytes, dict[int
             raw = argument
         elif isinstance(argument, torch.Tensor):
             raw = argument.data_ptr().to_bytes(8, "little")
-        elif isinstance(argument, float):
+        elif isinstance(argument, float) or parameter.type[0] == "f":
             raw = (np.float64 if parameter.size == 8 else np.float32)(argument).tobytes()
         else:
             raw = int(argument).to_bytes(parameter.size, "little", signed=argument < 0)

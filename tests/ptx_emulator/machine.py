@@ -7,6 +7,7 @@ meet. What an instruction does stands in the files that register it (arithmetic.
 turns an Instruction into a function run(rows, mask), rows being the warps and mask the active lanes (None: all).
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ Mask = np.ndarray | None
 Run = Callable[[Rows, Mask], None]
 
 BUILDERS: dict[str, Callable[["Machine", Instruction], Run]] = {}
+FORMS: dict[str, re.Pattern] = {}  # what may follow the first part of an instruction
 ENDS_TURN: set[str] = set()  # first parts of instructions after which others may run: atomics, waits
 
 SHARED_WINDOW = 1 << 60  # generic addresses of shared memory begin here
@@ -31,12 +33,17 @@ LOCAL_WINDOW = 1 << 61
 PARAM_WINDOW = 1 << 62
 
 
-def instruction(*names: str, ends_turn: bool = False):
-    """Register the builder of all instructions whose first part is one of `names`."""
+def instruction(*names: str, form: str | None = None, ends_turn: bool = False):
+    """Register the builder of all instructions whose first part is one of `names`.
+
+    form: a pattern of the modifiers behind it that the builder knows; without one it must look at all of them itself.
+    """
 
     def register(builder):
         for name in names:
             BUILDERS[name] = builder
+            if form is not None:
+                FORMS[name] = re.compile(form)
             if ends_turn:
                 ENDS_TURN.add(name)
         return builder
@@ -85,7 +92,8 @@ class Machine:
         self.running = np.zeros(self.warps, np.bool_)
         self.barrier_of = np.full(self.warps, -1)  # the named barrier a warp waits at
         self.barrier_need = np.zeros(self.warps, np.int64)
-        self.arrived: dict[tuple[int, int], list[int]] = {}  # (slot, barrier) -> warps that arrived without waiting
+        # (slot, barrier) -> of each warp that arrived without waiting: the count it named and its clock (race.py) then
+        self.arrived: dict[tuple[int, int], list[tuple[int, np.ndarray | None]]] = {}
         self.slot_of = np.arange(self.warps) // self.warps_per_cta
         self.cta_of = np.full(self.slots, -1)
         self.on_barrier: list[Callable[[int, np.ndarray], None]] = []
@@ -166,7 +174,7 @@ class Machine:
             return Step(instruction, None, guard, "branch")
         if name in ("ret", "exit"):
             return Step(instruction, None, guard, "exit")
-        if name not in BUILDERS:
+        if name not in BUILDERS or (name in FORMS and not FORMS[name].fullmatch(".".join(instruction.parts[1:]))):
             raise UnknownInstruction(str(instruction))
         try:
             run = BUILDERS[name](self, instruction)
@@ -247,6 +255,11 @@ class Machine:
 
     def warp_ids(self, rows: Rows) -> np.ndarray:
         return np.arange(self.warps)[rows]
+
+    def here(self, rows: Rows, mask: Mask) -> np.ndarray:
+        """The warps with an active lane."""
+        warps = self.warp_ids(rows)
+        return warps if mask is None else warps[mask.any(1)]
 
     def lanes(self, rows: Rows, mask: Mask) -> np.ndarray:
         """The warp of every active lane, flat, in the order of `select`."""
@@ -413,25 +426,26 @@ class Machine:
     def barrier(self, rows: Rows, number: np.ndarray, threads: np.ndarray, wait: bool) -> None:
         """Warps arrive at named barriers; those complete whose threads have all come."""
         for k, warp in enumerate(int(w) for w in self.warp_ids(rows)):
-            slot, name = int(self.slot_of[warp]), int(number[k])
-            self.barrier_need[warp] = threads[k]
+            slot, name, need = int(self.slot_of[warp]), int(number[k]), int(threads[k])
+            arrivals = self.arrived.setdefault((slot, name), [])
             if wait:
-                self.barrier_of[warp] = name
+                self.barrier_of[warp], self.barrier_need[warp] = name, need
             else:
-                self.arrived.setdefault((slot, name), []).append(warp)
+                self.memory.barrier(slot, np.array([warp]))
+                arrivals.append((need, self.races.arrive(None, warp) if self.races is not None else None))
             members = np.arange(slot * self.warps_per_cta, (slot + 1) * self.warps_per_cta)
             waiting = members[self.barrier_of[members] == name]
-            arrivals = self.arrived.get((slot, name), [])
-            come = len(waiting) + len(arrivals)
-            if len(waiting) and len({int(self.barrier_need[w]) for w in [*waiting, *arrivals]}) > 1:
+            if len({*self.barrier_need[waiting].tolist(), *(n for n, _ in arrivals)}) > 1:
                 raise PtxError(f"warps of one CTA name different thread counts at barrier {name}")
-            if 32 * come >= threads[k]:
+            if 32 * (len(waiting) + len(arrivals)) >= need:
                 self.barrier_of[waiting] = -1
-                self.arrived.pop((slot, name), None)
-                together = np.array([*waiting, *arrivals], np.int64)
-                self.memory.barrier(slot, together)
+                del self.arrived[slot, name]
+                self.memory.barrier(slot, waiting)
                 for hook in self.on_barrier:
-                    hook(slot, together)
+                    hook(slot, waiting)
+                for _, clock in arrivals:
+                    if clock is not None:
+                        self.races.join(clock, waiting)
 
     def _who_waits(self) -> str:
         waits = []

@@ -237,8 +237,8 @@ def _warpgroup(machine: Machine, ins: Instruction):
         if from_registers
         else machine.reader(ins.operands[1], "u64")
     )
-    if from_registers:
-        queue.uses(ins.operands[1])
+    sources = ins.operands[1] if from_registers else ()
+    queue.uses(sources)
     read_b, accumulate = machine.reader(ins.operands[2], "u64"), machine.reader(ins.operands[3], "pred")
     numbers = [int(o, 0) for o in ins.operands[4:]]
     scale = numbers[0], numbers[1]
@@ -272,6 +272,6 @@ def _warpgroup(machine: Machine, ins: Instruction):
             limit = base + machine.shared.allowed
             if (where < base).any() or (where >= limit).any():
                 raise BadAddress(f"a wgmma operand reaches past the {machine.shared.allowed} bytes of shared memory")
-            queue.issue(warp, registers, product, where, str(ins))
+            queue.issue(warp, registers, sources, product, where, str(ins))
 
     return run

@@ -6,7 +6,8 @@ Plain mode: a store is seen by everyone at once. Weak mode is what the PTX memor
   its threads publishes what is ordered before it and its own warp's stores; the end of the CTA publishes the rest;
 - a weak load sees what memory held at the CTA's last acquire (or at its start), and the CTA's own stores.
 
-Volatile and relaxed accesses and atomics act on memory itself.
+Volatile and relaxed accesses and atomics act on memory itself. To one location a thread's accesses keep their order:
+its own buffered stores there, and those a barrier has ordered, go first, and the CTA sees what such an access stored.
 """
 
 import ctypes
@@ -50,6 +51,11 @@ class Store:
     def __init__(self, range_: Range, index: np.ndarray, values: list[np.ndarray]):
         self.range, self.index, self.values = range_, index, values
 
+    def bytes(self) -> np.ndarray:
+        """Offsets of its bytes in the range."""
+        size = self.values[0].dtype.itemsize
+        return (self.index[:, None] * size + np.arange(size * len(self.values))).reshape(-1)
+
     def apply(self, data: np.ndarray) -> None:
         view = data.view(self.values[0].dtype)
         for j, value in enumerate(self.values):
@@ -60,7 +66,6 @@ class GlobalMemory:
     def __init__(self) -> None:
         self.ranges: list[Range] = []
         self.weak = False
-        self.statistics = None
 
     def allow(self, name: str, start: int, size: int, writable: bool = True) -> None:
         """Ranges that touch become one: two views of one tensor are one piece of memory."""
@@ -122,6 +127,8 @@ class GlobalMemory:
         values = [np.empty(len(address), STORAGE[8 * size]) for _ in range(count)]
         for range_, at in self.find(address, size * count, False):
             if not (self.weak and (weak or stale) and range_.writable):
+                if self.weak:
+                    self._publish_location(range_, address[at, None] - range_.base + np.arange(size * count), warps[at])
                 self._gather(range_, range_.data, address, at, values)
                 continue
             if stale:
@@ -144,7 +151,12 @@ class GlobalMemory:
         for range_, at in self.find(address, size * len(values), True):
             index = (address[at] - range_.base) // size
             if not (self.weak and weak):
-                Store(range_, index, [v[at] for v in values]).apply(range_.data)
+                store = Store(range_, index, [v[at] for v in values])
+                if self.weak:
+                    self._publish_location(range_, store.bytes(), warps[at])
+                    for slot in np.unique(warps[at] // self.warps_per_cta):
+                        store.apply(self._own_view(int(slot), range_))
+                store.apply(range_.data)
                 range_.changed()
                 continue
             for warp in np.unique(warps[at]):
@@ -152,6 +164,15 @@ class GlobalMemory:
                 store = Store(range_, index[mine], [v[at][mine] for v in values])
                 self.buffers[warp].append(store)
                 store.apply(self._own_view(int(warp) // self.warps_per_cta, range_))
+
+    def _publish_location(self, range_: Range, where: np.ndarray, warps: np.ndarray) -> None:
+        """What these warps stored at these bytes comes before what they do there now."""
+        for warp in np.unique(warps):
+            for stores in (self.ordered[warp // self.warps_per_cta], self.buffers[warp]):
+                for store in [s for s in stores if s.range is range_ and np.isin(where, s.bytes()).any()]:
+                    stores.remove(store)
+                    store.apply(range_.data)
+                    range_.changed()
 
     # -------------------------------------------------------------------------------------------- the async proxy
 

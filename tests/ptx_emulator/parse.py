@@ -50,7 +50,7 @@ class Instruction:
 
 def _show(operand: Operand) -> str:
     if isinstance(operand, tuple):
-        return "{" + ", ".join(operand) + "}"
+        return "{" + ", ".join(operand if len(operand) <= 8 else (operand[0], "...", operand[-1])) + "}"
     if isinstance(operand, Address):
         inside = operand.base + (f"+{operand.offset}" if operand.offset else "")
         return f"[{inside}{', {' + ', '.join(operand.coordinates) + '}' if operand.coordinates else ''}]"
@@ -228,8 +228,8 @@ class _Body:
             return tuple(self.name(part) for part in text[1:-1].split(","))
         if text.startswith("["):
             inner, _, coordinates = text[1:-1].partition(",")
-            base, sign, offset = (s.strip() for s in re.match(r"([^+-]+)([+-]?)(.*)", inner.strip()).groups())
-            value = int(sign + (offset.replace(" ", "") or "0"), 0) if sign else 0
+            base, sign, offset = (s.strip() for s in re.match(r"([^+-]+)(\+?-?)(.*)", inner.replace(" ", "")).groups())
+            value = int(sign[-1] + offset, 0) if sign else 0
             names = tuple(self.name(c) for c in coordinates.strip(" {}").split(",") if c.strip())
             return Address(self.name(base), value, names)
         if "|" in text:

@@ -1,7 +1,8 @@
 """Races on shared memory: two warps touch one byte, one of them writes, and nothing orders them.
 
 Every warp has a vector clock; a CTA barrier, and an mbarrier between who arrives and who waits, join them. A byte
-remembers its last writer with the writer's clock then, and for each warp the clock of its last read.
+remembers its last writer with the writer's clock then, and for each warp the clock of its last read. An asynchronous
+operation accesses its bytes twice here, when it is issued and when it is waited for: anything between would race it.
 """
 
 import numpy as np
@@ -11,6 +12,8 @@ from .machine import Machine
 
 
 class RaceDetector:
+    sees_atomics = False
+
     def __init__(self, machine: Machine):
         self.machine = machine
         count, size = machine.warps_per_cta, machine.shared.data.size
@@ -50,10 +53,8 @@ class RaceDetector:
         k = int(np.argmin(fine.reshape(len(where), -1).all(1)))
         byte = int(np.argmin(fine[k].reshape(-1)))
         address = int(where[k].reshape(-1)[byte]) % self.machine.shared.size
-        raise Race(
-            f"shared address {address}: warp {int(self._local(warps)[k])} and warp {int(other[k].reshape(-1)[byte])} with no barrier between",
-            k,
-        )
+        first, second = int(other[k].reshape(-1)[byte]), int(self._local(warps)[k])
+        raise Race(f"shared address {address}: warp {first} and warp {second} with no barrier between", k)
 
     def read(self, where: np.ndarray, warps: np.ndarray) -> None:
         self._after_write(where, warps)
@@ -74,15 +75,12 @@ class RaceDetector:
         self.clock[warps] = self.clock[warps].max(0)
         self.clock[warps, self._local(warps)] += 1
 
-    def warp_barrier(self, warps: np.ndarray) -> None:
-        """Lanes of a warp are one here: its own accesses are ordered."""
-
-    # an mbarrier: arrivals publish what the warp knows, a successful wait takes it
+    # an mbarrier, or bar.arrive: arrivals publish what the warp knows, a successful wait takes it
 
     def arrive(self, clock: np.ndarray | None, warp: int) -> np.ndarray:
         known = self.clock[warp].copy()
         self.clock[warp, warp % self.machine.warps_per_cta] += 1
         return known if clock is None else np.maximum(clock, known)
 
-    def join(self, clock: np.ndarray, warp: int) -> None:
-        self.clock[warp] = np.maximum(self.clock[warp], clock)
+    def join(self, clock: np.ndarray, warps: int | np.ndarray) -> None:
+        self.clock[warps] = np.maximum(self.clock[warps], clock)

@@ -1,7 +1,8 @@
 """Shared memory: poisoned at start, bounds and alignment checked, and every byte that is read must have been written.
 
 Watchers see each access: `watcher.read(where, warps)` and `watcher.write(where, warps)`, with `where` (accesses, bytes)
-as byte offsets into all slots' memory; they raise when the access is wrong (race.py, asynchronous.py).
+as byte offsets into all slots' memory; they raise when the access is wrong (race.py, asynchronous.py). Atomics cannot
+race each other, so that the race detector, and only it, does not see them (`sees_atomics`).
 """
 
 import numpy as np
@@ -18,6 +19,9 @@ class SharedMemory:
         self.data = np.full(slots * self.size, 0xFF, np.uint8)
         self.written = np.zeros(slots * self.size, np.bool_)
         self.watchers: list = []
+
+    def watched_by(self, atomic: bool) -> list:
+        return [w for w in self.watchers if w.sees_atomics] if atomic else self.watchers
 
     def start(self, slot: int) -> None:
         self.data[self.span(slot)] = 0xFF
@@ -43,20 +47,22 @@ class SharedMemory:
             k = int(np.argmin(known.reshape(len(where), -1).all(1)))
             raise Uninitialised(f"shared address {int(where[k].flat[0]) % self.size} was never written", k)
 
-    def load(self, address: np.ndarray, size: int, count: int, warps: np.ndarray) -> list[np.ndarray]:
+    def load(
+        self, address: np.ndarray, size: int, count: int, warps: np.ndarray, atomic: bool = False
+    ) -> list[np.ndarray]:
         at = self.locate(address, size * count, warps)
         where = at[:, None] + np.arange(size * count)
-        for watcher in self.watchers:
+        for watcher in self.watched_by(atomic):
             watcher.read(where, warps)
         self.check_written(where)
         view = self.data.view(STORAGE[8 * size])
         return [view[at // size + j] for j in range(count)]
 
-    def store(self, address: np.ndarray, values: list[np.ndarray], warps: np.ndarray) -> None:
+    def store(self, address: np.ndarray, values: list[np.ndarray], warps: np.ndarray, atomic: bool = False) -> None:
         size = values[0].dtype.itemsize
         at = self.locate(address, size * len(values), warps)
         where = at[:, None] + np.arange(size * len(values))
-        for watcher in self.watchers:
+        for watcher in self.watched_by(atomic):
             watcher.write(where, warps)
         view = self.data.view(values[0].dtype)
         for j, value in enumerate(values):
