@@ -3,7 +3,7 @@
 import numpy as np
 
 from .bits import TYPES
-from .errors import PartialWarp, UnknownInstruction
+from .errors import PartialWarp
 from .machine import Machine, instruction
 from .parse import Instruction
 
@@ -29,10 +29,9 @@ def named_lanes(machine: Machine, members: np.ndarray, rows, mask, what: str) ->
         raise PartialWarp(f"{what} names lanes {members[k, lane]:#010x}, lanes {ballot[k, lane]:#010x} are here")
 
 
-@instruction("bar", "barrier")
+@instruction("bar", "barrier", form=r"warp\.sync|(?:cta\.)?(?:sync|arrive)(?:\.aligned)?")
 def _barrier(machine: Machine, ins: Instruction):
-    parts = [p for p in ins.parts[1:] if p not in ("cta", "aligned")]
-    if parts and parts[0] == "warp":
+    if "warp" in ins.parts:
         members = machine.reader(ins.operands[0], "b32")
 
         def run(rows, mask):
@@ -40,8 +39,6 @@ def _barrier(machine: Machine, ins: Instruction):
             named_lanes(machine, wide, rows, mask, "bar.warp.sync")
 
         return run
-    if parts not in (["sync"], ["arrive"]):
-        raise UnknownInstruction(ins.name)
     number = machine.reader(ins.operands[0], "u32")
     threads = machine.reader(ins.operands[1], "u32") if len(ins.operands) > 1 else None
     everyone = np.array([[32 * machine.warps_per_cta]])
@@ -53,12 +50,12 @@ def _barrier(machine: Machine, ins: Instruction):
         name = np.broadcast_to(number(rows), (count, 32))[:, 0]
         if (need % 32).any() or (need == 0).any() or (name > 15).any():
             raise PartialWarp(f"barrier {int(name[0])} of {int(need[0])} threads: 0 to 15, of whole warps")
-        machine.barrier(rows, name, need, parts == ["sync"])
+        machine.barrier(rows, name, need, "sync" in ins.parts)
 
     return run
 
 
-@instruction("shfl")
+@instruction("shfl", form=r"sync\.(?:up|down|bfly|idx)\.b32")
 def _shuffle(machine: Machine, ins: Instruction):
     """shfl.sync.MODE.b32 d|p, a, b, c, membermask; c packs the clamp (4:0) and the segment mask (12:8)."""
     mode = ins.parts[2]
@@ -86,11 +83,9 @@ def _shuffle(machine: Machine, ins: Instruction):
         elif mode == "bfly":
             source = LANES ^ delta
             valid = source <= top
-        elif mode == "idx":
+        else:
             source = low | (delta & ~segment)
             valid = source <= top
-        else:
-            raise UnknownInstruction(ins.name)
         source = np.where(valid, source, LANES)
         if mask is not None and not np.take_along_axis(mask, source, 1)[mask].all():
             raise PartialWarp(f"{ins.name} reads a lane that is not here")
@@ -101,18 +96,19 @@ def _shuffle(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("vote", "activemask", "match")
+@instruction("activemask", form="b32")
+def _active(machine: Machine, ins: Instruction):
+    write = machine.writer(ins.operands[0])
+
+    def run(rows, mask):
+        here = np.ones((len(machine.warp_ids(rows)), 32), np.bool_) if mask is None else mask
+        write(_ballot(here), rows, mask)
+
+    return run
+
+
+@instruction("vote", form=r"sync\.(?:ballot\.b32|(?:any|all|uni)\.pred)")
 def _vote(machine: Machine, ins: Instruction):
-    if ins.parts[0] == "activemask":
-        write = machine.writer(ins.operands[0])
-
-        def active(rows, mask):
-            here = np.ones((len(machine.warp_ids(rows)), 32), np.bool_) if mask is None else mask
-            write(_ballot(here), rows, mask)
-
-        return active
-    if ins.parts[0] == "match" or ins.parts[1] != "sync":
-        raise UnknownInstruction(ins.name)
     mode = ins.parts[2]
     write, members = machine.writer(ins.operands[0]), machine.reader(ins.operands[2], "b32")
     predicate = machine.reader(ins.operands[1], "pred")
@@ -129,10 +125,8 @@ def _vote(machine: Machine, ins: Instruction):
             result = np.broadcast_to(yes.any(1)[:, None], shape)
         elif mode == "all":
             result = np.broadcast_to((value | ~here).all(1)[:, None], shape)
-        elif mode == "uni":
-            result = np.broadcast_to((yes.any(1) != (here & ~value).any(1))[:, None], shape)
         else:
-            raise UnknownInstruction(ins.name)
+            result = np.broadcast_to((yes.any(1) != (here & ~value).any(1))[:, None], shape)
         write(result, rows, mask)
 
     return run
@@ -143,7 +137,7 @@ def _ballot(lanes: np.ndarray) -> np.ndarray:
     return np.broadcast_to(bits[:, None], lanes.shape)
 
 
-@instruction("redux")
+@instruction("redux", form=r"sync\.(?:(?:add|min|max)\.[us]32|(?:and|or|xor)\.b32)")
 def _reduce(machine: Machine, ins: Instruction):
     kind = ins.parts[-1]
     reduce = {
@@ -154,8 +148,6 @@ def _reduce(machine: Machine, ins: Instruction):
         "min": np.minimum,
         "max": np.maximum,
     }[ins.parts[2]]
-    if kind == "f32":
-        raise UnknownInstruction(ins.name)
     write, value, members = (
         machine.writer(ins.operands[0]),
         machine.reader(ins.operands[1], kind),
@@ -177,7 +169,7 @@ def _reduce(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("elect")
+@instruction("elect", form="sync")
 def _elect(machine: Machine, ins: Instruction):
     """elect.sync d|p, membermask: the lowest lane of the mask is the leader."""
     targets = ins.operands[0]

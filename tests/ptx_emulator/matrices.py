@@ -33,12 +33,20 @@ def _matrix_rows(machine: Machine, address: np.ndarray, count: int, warps: np.nd
     return flat.reshape(len(warps), count, 8)
 
 
-@instruction("ldmatrix")
+MATRICES = r"sync\.aligned\.m8n8\.x[124](?:\.trans)?\.shared(?:::cta)?\.b16"
+
+
+def _matrix_registers(ins: Instruction, operand) -> tuple:
+    """One for each matrix that the name says."""
+    if f"x{len(vector(operand))}" not in ins.parts:
+        raise UnknownInstruction(f"{ins.name} of {len(vector(operand))} registers")
+    return vector(operand)
+
+
+@instruction("ldmatrix", form=MATRICES)
 def _load_matrices(machine: Machine, ins: Instruction):
-    count = int(next(p for p in ins.parts if re.fullmatch(r"x[124]", p))[1:])
-    if "m8n8" not in ins.parts or ins.parts[-1] != "b16":
-        raise UnknownInstruction(ins.name)
-    writes, address = [machine.writer(t) for t in vector(ins.operands[0])], machine.address(ins.operands[1])
+    writes = [machine.writer(t) for t in _matrix_registers(ins, ins.operands[0])]
+    address, count = machine.address(ins.operands[1]), len(writes)
 
     def run(rows, mask):
         whole_warp(machine, rows, mask, "ldmatrix")
@@ -59,12 +67,10 @@ def _load_matrices(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("stmatrix")
+@instruction("stmatrix", form=MATRICES)
 def _store_matrices(machine: Machine, ins: Instruction):
-    count = int(next(p for p in ins.parts if re.fullmatch(r"x[124]", p))[1:])
-    if "m8n8" not in ins.parts or ins.parts[-1] != "b16":
-        raise UnknownInstruction(ins.name)
-    address, reads = machine.address(ins.operands[0]), [machine.reader(s, "b32") for s in vector(ins.operands[1])]
+    reads = [machine.reader(s, "b32") for s in _matrix_registers(ins, ins.operands[1])]
+    address, count = machine.address(ins.operands[0]), len(reads)
 
     def run(rows, mask):
         whole_warp(machine, rows, mask, "stmatrix")
@@ -95,20 +101,15 @@ def _tf32(bits: np.ndarray) -> np.ndarray:
 
 def _elements(bits: np.ndarray, kind: str) -> list[np.ndarray]:
     """The elements of a 32-bit fragment register, the lowest first."""
-    if kind == "tf32":
-        return [_tf32(bits)]
-    if kind in ("f16", "bf16"):
-        return unpack(bits, kind)
-    raise UnknownInstruction(f"matrix elements .{kind}")
+    return [_tf32(bits)] if kind == "tf32" else unpack(bits, kind)
 
 
-@instruction("mma")
+@instruction(
+    "mma", form=r"sync\.aligned\.m16n8k(?:(?:8|16)\.row\.col\.f32\.(b?f16)\.\1|[48]\.row\.col\.f32\.tf32\.tf32)\.f32"
+)
 def _multiply(machine: Machine, ins: Instruction):
     """mma.sync.aligned.mMnNkK.row.col.f32.A.B.f32 for f16, bf16 (k8, k16) and tf32 (k4, k8)."""
-    shape = re.search(r"\.m16n8k(\d+)\.row\.col\.(\w+)\.(\w+)\.(\w+)\.(\w+)$", ins.name)
-    if shape is None or shape.group(2) != "f32" or shape.group(5) != "f32" or shape.group(3) != shape.group(4):
-        raise UnknownInstruction(ins.name)
-    depth, kind = int(shape.group(1)), shape.group(3)
+    depth, kind = int(ins.parts[3].removeprefix("m16n8k")), ins.parts[-2]
     each = 1 if kind == "tf32" else 2  # elements in a register
     d, a, b, c = ins.operands
     writes = [machine.writer(t) for t in d]
@@ -211,7 +212,7 @@ class WarpgroupProduct:
         return total.astype(np.float32)
 
 
-@instruction("wgmma")
+@instruction("wgmma", form=r"(?:fence|commit_group|wait_group)\.sync\.aligned|mma_async\.sync\.aligned\.m64.*")
 def _warpgroup(machine: Machine, ins: Instruction):
     name = ins.parts[1]
     queue = machine.products
@@ -222,12 +223,12 @@ def _warpgroup(machine: Machine, ins: Instruction):
     if name == "wait_group":
         left = int(ins.operands[0], 0)
         return lambda rows, mask: whole_warp(machine, rows, mask, ins.name) or queue.wait(_warps(machine, rows), left)
-    form = re.search(r"\.m64n(\d+)k(\d+)\.f32\.(\w+)\.(\w+)$", ins.name)
-    if name != "mma_async" or form is None or form.group(3) != form.group(4):
+    form = re.search(r"\.m64n(\d+)k(\d+)\.f32\.(bf16|f16|tf32)\.\3$", ins.name)
+    if form is None:
         raise UnknownInstruction(ins.name)
     columns, depth, kind = int(form.group(1)), int(form.group(2)), form.group(3)
     size = 4 if kind == "tf32" else 2
-    if kind not in ("bf16", "f16", "tf32") or depth * size != 32 or columns % 8 or columns > 256:
+    if depth * size != 32 or columns % 8 or not 8 <= columns <= 256 or len(ins.operands[0]) != columns // 2:
         raise UnknownInstruction(ins.name)
     registers = ins.operands[0]
     queue.uses(registers)
@@ -267,7 +268,7 @@ def _warpgroup(machine: Machine, ins: Instruction):
             else:
                 whole = operand_offsets(int(a[k, 0]), 64, depth, size, bool(transposed[0]))
                 left = whole[16 * (warp % 4) : 16 * (warp % 4) + 16] + base
-            product = WarpgroupProduct(machine, warp, left, right, (columns, depth), kind, keep[k], scale)
+            product = WarpgroupProduct(machine, warp, left, right, (columns, depth), kind, keep[k].copy(), scale)
             where = product.sources()
             limit = base + machine.shared.allowed
             if (where < base).any() or (where >= limit).any():

@@ -143,9 +143,9 @@ class _Body:
             if token == "\n":
                 self.line += 1
                 statement += " "
-            elif token.startswith("//") or token.strip().startswith((".file", ".pragma")):
+            elif token.startswith("//") or token.split()[:1] in ([".file"], [".pragma"]):
                 continue
-            elif token.strip().startswith(".loc") and not statement.strip():
+            elif token.split()[:1] == [".loc"] and not statement.strip():
                 _, file, number, *_ = token.split()
                 self.source = f"{self.files.get(file, file).rsplit('/', 1)[-1]}:{number}"
             elif token == "{" and not statement.strip():
