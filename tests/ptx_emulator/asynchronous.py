@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import MissingFence, PtxError, StillInFlight, UnknownInstruction
+from .errors import MissingFence, PtxError, StillInFlight, UnknownInstruction, blaming, no_lane
 from .machine import Machine, instruction
 from .parse import Instruction
 
@@ -117,8 +117,7 @@ class Copies:
     def issue(self, copy: Copy) -> None:
         warps = copy.lanes // 32
         shared, flight = self.machine.shared, self.machine.in_flight
-        for watcher in shared.watchers:
-            watcher.write(copy.where, warps)
+        shared.watch("write", copy.where, warps)
         if self.machine.late:
             flight.writing[copy.where] = 1
         else:
@@ -191,9 +190,7 @@ COPY = r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::(?:cache_hint|64B|12
 def _copy(machine: Machine, ins: Instruction):
     from .bulk import bulk_copy
 
-    if ins.parts[1:2] != ("async",):
-        raise UnknownInstruction(ins.name)
-    if "bulk" in ins.parts:
+    if ins.parts[1:3] == ("async", "bulk"):
         return bulk_copy(machine, ins)
     copies = machine.copies
 
@@ -205,7 +202,12 @@ def _copy(machine: Machine, ins: Instruction):
         return lambda rows, mask: copies.commit(lanes_of(rows, mask))
     if ins.parts[2:] in (("wait_group",), ("wait_all",)):
         left = int(ins.operands[0], 0) if ins.parts[2] == "wait_group" else None
-        return lambda rows, mask: copies.wait(lanes_of(rows, mask), left)
+
+        def wait(rows, mask):
+            with blaming(no_lane):
+                copies.wait(lanes_of(rows, mask), left)
+
+        return wait
     if not re.fullmatch(COPY, ins.name):
         raise UnknownInstruction(ins.name)
     operands = ins.operands[:-1] if "L2::cache_hint" in ins.parts else ins.operands
@@ -309,8 +311,7 @@ class Products:
                 raise StillInFlight(f"A is in accumulators that nobody waited for: {pending.text}")
         machine.shared.check_written(where)
         machine.proxies.check(where, "wgmma")
-        for watcher in machine.shared.watchers:
-            watcher.read(where, np.full(len(where), warp))
+        machine.shared.watch("read", where, np.full(len(where), warp))
         if machine.late or machine.races is not None:
             busy = {*registers, *sources}
             self.pending[warp].append(Pending(product, registers, busy, where, int(self.committed[warp]), text))

@@ -1,15 +1,16 @@
-"""mbarriers, and the bulk and tensor copies (TMA) that complete on them.
+"""mbarriers, and the tensor copies (TMA) that complete on them.
 
 A tensor map is the emulator's own record (TensorMap), made by the host with the rules of cuTensorMapEncodeTiled; in the
 parameter block it is 128 bytes that name the record. Late timing: a load lands only when somebody tests the mbarrier it
 completes on; a store reads its source only when its group is waited for.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import BadAddress, PtxError, StillInFlight, Uninitialised, UnknownInstruction
+from .errors import BadAddress, PtxError, StillInFlight, Uninitialised, UnknownInstruction, blaming, no_lane
 from .machine import PARAM_WINDOW, SHARED_WINDOW, Machine, instruction
 from .matrices import swizzle
 from .parse import Address, Instruction
@@ -31,17 +32,18 @@ class TensorMap:
 
     def __post_init__(self) -> None:
         inner = self.box[0] * self.element
+        width = SWIZZLE_WIDTH.get(self.swizzle, inner)
         problems = [
+            (self.element not in (1, 2, 4, 8), f"element of {self.element} bytes"),
+            (not 0 <= self.swizzle <= 3, f"swizzle {self.swizzle}"),
             (self.address % 16, f"address {self.address:#x} is not a multiple of 16"),
             (any(s % 16 for s in self.strides), f"strides {self.strides} bytes are not multiples of 16"),
             (len(self.strides) != len(self.sizes) - 1, f"{len(self.strides)} strides for {len(self.sizes)} dimensions"),
             (len(self.box) != len(self.sizes), f"box {self.box} of a tensor of {len(self.sizes)} dimensions"),
             (any(not 1 <= b <= 256 for b in self.box), f"box {self.box}: each side is 1 to 256"),
             (inner % 16, f"the innermost side of the box has {inner} bytes, not a multiple of 16"),
-            (
-                self.swizzle and inner > SWIZZLE_WIDTH[self.swizzle],
-                f"the innermost side of the box, {inner} bytes, is wider than its swizzle",
-            ),
+            # A narrower side is allowed, but the documents do not say how its rows then lie.
+            (inner != width, f"the innermost side of the box has {inner} bytes, its swizzle {width}"),
             (min(self.sizes) < 1, f"sizes {self.sizes}"),
         ]
         for wrong, message in problems:
@@ -133,7 +135,11 @@ def _each(machine: Machine, rows, mask):
     return np.argwhere(here)
 
 
-@instruction("mbarrier", ends_turn=True)
+SCOPED = r"(?:\.(?:relaxed|release|acquire)\.(?:cta|cluster))?"
+MBARRIER = rf"(?:init|inval|expect_tx{SCOPED}|arrive(?:\.expect_tx)?{SCOPED}|(?:try|test)_wait\.parity{SCOPED})"
+
+
+@instruction("mbarrier", form=rf"{MBARRIER}(?:\.shared(?:::cta|::cluster)?)?\.b64", ends_turn=True)
 def _mbarrier(machine: Machine, ins: Instruction):
     barriers, verb = machine.barriers, ins.parts[1]
     waits = verb in ("try_wait", "test_wait")
@@ -142,8 +148,6 @@ def _mbarrier(machine: Machine, ins: Instruction):
     after = ins.operands[ins.operands.index(at) + 1 :]
     reads = [machine.reader(o, "u32") for o in after]
     write = machine.writer(ins.operands[0]) if waits else None
-    if waits and "parity" not in ins.parts:
-        raise UnknownInstruction(ins.name)
     if verb == "arrive" and not isinstance(ins.operands[0], Address) and ins.operands[0] != "_":
         raise UnknownInstruction(f"{ins.name} with a state token")
 
@@ -171,10 +175,8 @@ def _mbarrier(machine: Machine, ins: Instruction):
                 barriers.find(slot, place).bytes += first
             elif verb == "arrive" and "expect_tx" in ins.parts:
                 barriers.arrive(slot, place, warp, expected=first)
-            elif verb == "arrive":
-                barriers.arrive(slot, place, warp, first)
             else:
-                raise UnknownInstruction(ins.name)
+                barriers.arrive(slot, place, warp, first)
         if write is not None:
             write(result, rows, mask)
 
@@ -224,8 +226,13 @@ class BulkStores:
                 raise StillInFlight("a thread ended while a bulk copy that it issued still reads shared memory")
 
 
+TENSOR = r"cp\.async\.bulk\.tensor\.[1-5]d(?:\.tile)?"
+LOAD = TENSOR + r"\.shared(?:::cta|::cluster)?\.global(?:\.tile)?\.mbarrier::complete_tx::bytes(?:\.L2::cache_hint)?"
+STORE = TENSOR + r"\.global\.shared(?:::cta)?(?:\.tile)?\.bulk_group(?:\.L2::cache_hint)?"
+
+
 def bulk_copy(machine: Machine, ins: Instruction):
-    """cp.async.bulk...: tensor loads and stores, plain loads, commit_group, wait_group."""
+    """cp.async.bulk...: tensor loads and stores, commit_group, wait_group."""
     stores = machine.stores
     names = ins.parts[3:]
 
@@ -234,17 +241,19 @@ def bulk_copy(machine: Machine, ins: Instruction):
             [int(machine.warp_ids(rows)[k]) * 32 + lane for k, lane in _each(machine, rows, mask)], np.int64
         )
 
-    if names[:1] == ("commit_group",):
+    if names == ("commit_group",):
         return lambda rows, mask: stores.commit(threads_of(rows, mask))
-    if names[:1] == ("wait_group",):
+    if names in (("wait_group",), ("wait_group", "read")):
         left = int(ins.operands[0], 0)
-        return lambda rows, mask: stores.wait(threads_of(rows, mask), left)
-    spaces = [n.split("::")[0] for n in names]
-    if names[0] != "tensor" or "multicast" in spaces or "im2col" in spaces or "gather4" in spaces:
-        raise UnknownInstruction(ins.name)
-    if spaces[2:4] == ["shared", "global"]:
+
+        def wait(rows, mask):
+            with blaming(no_lane):
+                stores.wait(threads_of(rows, mask), left)
+
+        return wait
+    if re.fullmatch(LOAD, ins.name):
         return _tensor_load(machine, ins)
-    if spaces[2:4] == ["global", "shared"]:
+    if re.fullmatch(STORE, ins.name):
         return _tensor_store(machine, ins)
     raise UnknownInstruction(ins.name)
 
@@ -259,8 +268,10 @@ def _map_of(machine: Machine, address: int) -> TensorMap:
 
 def _box(machine: Machine, map_: TensorMap, at: int, warp: int, corner: tuple[int, ...]):
     """(inside, global addresses, offsets into shared memory) of the box's elements."""
+    if len(corner) != len(map_.sizes):
+        raise PtxError(f"{len(corner)} coordinates for a tensor map of {len(map_.sizes)} dimensions")
     align = 128 if map_.swizzle == 0 else 8 * SWIZZLE_WIDTH[map_.swizzle]
-    if at % (128 if map_.swizzle == 0 else min(align, 1024)):
+    if at % align:
         raise BadAddress(f"a box of swizzle {map_.swizzle} at shared address {at}, not a multiple of {align}")
     if at < 0 or at + map_.bytes > machine.shared.allowed:
         raise BadAddress(f"a box of {map_.bytes} bytes at shared address {at}: the CTA has {machine.shared.allowed}")
@@ -270,10 +281,14 @@ def _box(machine: Machine, map_: TensorMap, at: int, warp: int, corner: tuple[in
 
 
 def _corner(machine: Machine, operand: Address):
+    """A function (rows, row, lane) that gives the coordinates."""
     reads = [machine.reader(c, "s32") for c in operand.coordinates]
-    return lambda rows, k, lane: tuple(
-        int(np.broadcast_to(r(rows), (k + 1, 32) if r(rows).shape == (1, 1) else r(rows).shape)[k, lane]) for r in reads
-    )
+
+    def corner(rows, k: int, lane: int) -> tuple[int, ...]:
+        shape = (len(machine.warp_ids(rows)), 32)
+        return tuple(int(np.broadcast_to(read(rows), shape)[k, lane]) for read in reads)
+
+    return corner
 
 
 def _tensor_load(machine: Machine, ins: Instruction):
@@ -285,16 +300,15 @@ def _tensor_load(machine: Machine, ins: Instruction):
         warps = machine.warp_ids(rows)
         shape = (len(warps), 32)
         at, maps, barriers = (np.broadcast_to(a(rows), shape) for a in (address, map_at, barrier_at))
-        for k, lane in _each(machine, rows, mask):
+        for i, (k, lane) in enumerate(_each(machine, rows, mask)):
             warp = int(warps[k])
             map_ = _map_of(machine, int(maps[k, lane]))
             inside, source_at, where = _box(machine, map_, int(at[k, lane]), warp, corner(rows, int(k), int(lane)))
             slot = int(machine.slot_of[warp])
             mbarrier = machine.barriers.find(slot, int(barriers[k, lane]))
             bytes_ = where[:, None] + np.arange(map_.element)
-            for watcher in machine.shared.watchers:
-                if watcher is not machine.proxies:
-                    watcher.write(bytes_, np.full(len(where), warp))
+            with blaming(lambda _, i=i: i):
+                machine.shared.watch("write", bytes_, np.full(len(where), warp))
             if machine.statistics is not None:
                 machine.statistics.bulk(ins, map_.bytes)
 
@@ -335,14 +349,14 @@ def _tensor_store(machine: Machine, ins: Instruction):
         warps = machine.warp_ids(rows)
         shape = (len(warps), 32)
         at, maps = np.broadcast_to(address(rows), shape), np.broadcast_to(map_at(rows), shape)
-        for k, lane in _each(machine, rows, mask):
+        for i, (k, lane) in enumerate(_each(machine, rows, mask)):
             warp = int(warps[k])
             map_ = _map_of(machine, int(maps[k, lane]))
             inside, target, where = _box(machine, map_, int(at[k, lane]), warp, corner(rows, int(k), int(lane)))
             bytes_ = where[:, None] + np.arange(map_.element)
-            for watcher in machine.shared.watchers:
-                watcher.read(bytes_, np.full(len(where), warp))
-            machine.shared.check_written(bytes_[inside])
+            with blaming(lambda _, i=i: i):
+                machine.shared.watch("read", bytes_, np.full(len(where), warp))
+                machine.shared.check_written(bytes_[inside])
             machine.proxies.check(bytes_[inside], "a tensor store")
             if machine.statistics is not None:
                 machine.statistics.bulk(ins, map_.bytes)
@@ -353,6 +367,7 @@ def _tensor_store(machine: Machine, ins: Instruction):
                     view = values.view(f"u{values.shape[1]}").reshape(-1)
                     machine.memory.store(target[inside], [view], np.full(int(inside.sum()), warp), weak=False)
 
-            machine.stores.issue(warp * 32 + int(lane), bytes_, write)
+            with blaming(lambda _, i=i: i):
+                machine.stores.issue(warp * 32 + int(lane), bytes_, write)
 
     return run

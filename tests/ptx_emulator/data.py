@@ -3,7 +3,7 @@
 import numpy as np
 
 from .bits import STORAGE, TYPES, as_bits, size_of
-from .errors import BadAddress, PtxError, UnknownInstruction
+from .errors import BadAddress, UnknownInstruction, blaming
 from .machine import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, Machine, instruction
 from .parse import Instruction
 
@@ -242,11 +242,8 @@ def _atomic(machine: Machine, ins: Instruction):
             _release(machine, ins, np.unique(warps), hold="release" in ins.parts)
         old = np.empty(len(where), TYPES[kind])
         for k in machine.rng.permutation(len(where)) if machine.schedule.adversarial else range(len(where)):
-            try:
+            with blaming(lambda _, k=k: int(k)):
                 old[k] = one_lane(where[k : k + 1], warps[k : k + 1], [n[k : k + 1] for n in new])
-            except PtxError as problem:
-                problem.lane = int(k)
-                raise
         if "acquire" in ins.parts or "acq_rel" in ins.parts:
             _acquire(machine, ins, np.unique(warps))
         write(machine.spread(old, rows, mask), rows, mask)

@@ -1,5 +1,8 @@
 """What the emulator says when a program is wrong: one exception for each kind of fault."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class PtxError(Exception):
     """A fault of the program under emulation; the message names the instruction, its source line and the lane.
@@ -10,6 +13,21 @@ class PtxError(Exception):
     def __init__(self, message: str, lane: int | None = None):
         super().__init__(message)
         self.lane = lane
+
+
+@contextmanager
+def blaming(lane_of: Callable[[int], int | None]) -> Iterator[None]:
+    """Where an instruction has more or fewer accesses than lanes: `lane_of` an access is the lane that faults name."""
+    try:
+        yield
+    except PtxError as problem:
+        if problem.lane is not None:
+            problem.lane = lane_of(problem.lane)
+        raise
+
+
+def no_lane(access: int) -> None:
+    """For `blaming` where an instruction ends what others issued."""
 
 
 class UnknownInstruction(PtxError):

@@ -361,31 +361,26 @@ class Machine:
         return type(problem)(f"{problem}\n  in {step.instruction}\n  at {where}")
 
     def _branch(self, rows: Rows, step: Step, mask: Mask, whole: Mask, pc: int) -> int | None:
-        """The next pc where all warps stay together and go forward; otherwise the turn has ended."""
-        target = step.instruction.target
-        if mask is None or mask is whole:
-            taken, left = np.ones(len(self.warp_ids(rows)), np.bool_), None
-        else:
-            lanes = np.ones(mask.shape, np.bool_) if whole is None else whole
-            taken, left = mask.any(1), lanes & ~mask
-            stay = left.any(1)
-            for k in np.flatnonzero(taken & stay):  # lanes of a warp part
-                warp = int(self.warp_ids(rows)[k])
-                self.elsewhere.setdefault(warp, []).append((target, mask[k].copy()))
-                self.active[warp] = left[k]
-            taken &= ~stay
+        """The next pc where all warps stay whole and together and go forward; otherwise the turn has ended."""
+        target, warps = step.instruction.target, self.warp_ids(rows)
+        here = np.ones((len(warps), 32), np.bool_) if whole is None else whole
+        jumping = here if mask is None else mask
+        staying = here & ~jumping
+        taken = jumping.any(1)
+        if target <= pc:
+            self.schedule.looped(warps[taken])
+        for k in np.flatnonzero(taken & staying.any(1)):  # lanes of a warp part
+            warp = int(warps[k])
+            self.elsewhere.setdefault(warp, []).append((target, jumping[k].copy()))
+            self.active[warp] = staying[k]
+            taken[k] = False
         after = np.where(taken, target, pc + 1)
         self.pc[rows] = after
-        if self.elsewhere:
-            for warp in self.warp_ids(rows):
-                self._join(int(warp))
-            if any(int(w) in self.elsewhere for w in self.warp_ids(rows)):
-                return None
-        if (after == after[0]).all() and after[0] > pc:
-            return int(after[0])
-        if target <= pc:
-            self.schedule.looped(self.warp_ids(rows)[taken])
-        return None
+        parted = [int(w) for w in warps if int(w) in self.elsewhere] if self.elsewhere else []
+        for warp in parted:
+            self._join(warp)
+        together = not parted and (after == after[0]).all() and after[0] > pc
+        return int(after[0]) if together else None
 
     def _join(self, warp: int) -> None:
         """Lanes of a warp that stand at one instruction become one again; the lowest runs first."""

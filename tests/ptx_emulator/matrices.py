@@ -12,7 +12,7 @@ from .arithmetic import unpack
 from .bits import bf16_to_f32
 from .collectives import whole_warp
 from .data import vector
-from .errors import BadAddress, PtxError, UnknownInstruction
+from .errors import BadAddress, PtxError, UnknownInstruction, blaming, no_lane
 from .machine import Machine, instruction
 from .parse import Instruction
 
@@ -27,9 +27,20 @@ def _warps(machine: Machine, rows) -> np.ndarray:
 # ------------------------------------------------------------------------------------- 8x8 matrices of 16-bit elements
 
 
-def _matrix_rows(machine: Machine, address: np.ndarray, count: int, warps: np.ndarray) -> np.ndarray:
-    """Offsets (warps, count, 8) into shared memory of the rows whose addresses lanes 8i ... 8i + 7 hold."""
-    flat = machine.shared.locate(address[:, : 8 * count].reshape(-1), 16, np.repeat(warps, 8 * count))
+def _matrix_rows(machine: Machine, address: np.ndarray, count: int, warps: np.ndarray, verb: str) -> np.ndarray:
+    """Offsets (warps, count, 8) into shared memory of the rows whose addresses lanes 8i ... 8i + 7 hold.
+
+    verb: "read" or "write", what is done with them.
+    """
+    of_rows = np.repeat(warps, 8 * count)
+    with blaming(lambda row: row // (8 * count) * 32 + row % (8 * count)):
+        flat = machine.shared.locate(address[:, : 8 * count].reshape(-1), 16, of_rows)
+        where = flat[:, None] + np.arange(16)
+        machine.shared.watch(verb, where, of_rows)
+        if verb == "read":
+            machine.shared.check_written(where)
+        else:
+            machine.shared.written[where] = True
     return flat.reshape(len(warps), count, 8)
 
 
@@ -51,11 +62,7 @@ def _load_matrices(machine: Machine, ins: Instruction):
     def run(rows, mask):
         whole_warp(machine, rows, mask, "ldmatrix")
         warps = _warps(machine, rows)
-        at = _matrix_rows(machine, np.broadcast_to(address(rows), (len(warps), 32)), count, warps)
-        where = at.reshape(-1)[:, None] + np.arange(16)
-        for watcher in machine.shared.watchers:
-            watcher.read(where, np.repeat(warps, 8 * count))
-        machine.shared.check_written(where)
+        at = _matrix_rows(machine, np.broadcast_to(address(rows), (len(warps), 32)), count, warps, "read")
         if machine.statistics is not None:
             machine.statistics.rows(ins, at % machine.shared.size)
         matrices = machine.shared.data.view(np.uint16)[at[..., None] // 2 + np.arange(8)]
@@ -75,10 +82,7 @@ def _store_matrices(machine: Machine, ins: Instruction):
     def run(rows, mask):
         whole_warp(machine, rows, mask, "stmatrix")
         warps = _warps(machine, rows)
-        at = _matrix_rows(machine, np.broadcast_to(address(rows), (len(warps), 32)), count, warps)
-        where = at.reshape(-1)[:, None] + np.arange(16)
-        for watcher in machine.shared.watchers:
-            watcher.write(where, np.repeat(warps, 8 * count))
+        at = _matrix_rows(machine, np.broadcast_to(address(rows), (len(warps), 32)), count, warps, "write")
         if machine.statistics is not None:
             machine.statistics.rows(ins, at % machine.shared.size)
         fragments = [np.ascontiguousarray(np.broadcast_to(r(rows), (len(warps), 32))) for r in reads]
@@ -86,7 +90,6 @@ def _store_matrices(machine: Machine, ins: Instruction):
         if "trans" in ins.parts:
             matrices = matrices.swapaxes(2, 3)
         machine.shared.data.view(np.uint16)[at[..., None] // 2 + np.arange(8)] = matrices
-        machine.shared.written[where] = True
 
     return run
 
@@ -222,7 +225,13 @@ def _warpgroup(machine: Machine, ins: Instruction):
         return lambda rows, mask: whole_warp(machine, rows, mask, ins.name) or queue.commit(_warps(machine, rows))
     if name == "wait_group":
         left = int(ins.operands[0], 0)
-        return lambda rows, mask: whole_warp(machine, rows, mask, ins.name) or queue.wait(_warps(machine, rows), left)
+
+        def wait(rows, mask):
+            whole_warp(machine, rows, mask, ins.name)
+            with blaming(no_lane):
+                queue.wait(_warps(machine, rows), left)
+
+        return wait
     form = re.search(r"\.m64n(\d+)k(\d+)\.f32\.(bf16|f16|tf32)\.\3$", ins.name)
     if form is None:
         raise UnknownInstruction(ins.name)
@@ -273,6 +282,7 @@ def _warpgroup(machine: Machine, ins: Instruction):
             limit = base + machine.shared.allowed
             if (where < base).any() or (where >= limit).any():
                 raise BadAddress(f"a wgmma operand reaches past the {machine.shared.allowed} bytes of shared memory")
-            queue.issue(warp, registers, sources, product, where, str(ins))
+            with blaming(lambda _, k=k: 32 * k):
+                queue.issue(warp, registers, sources, product, where, str(ins))
 
     return run

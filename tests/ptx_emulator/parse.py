@@ -217,6 +217,7 @@ class _Body:
         name, _, rest = re.sub(r"\s+", " ", statement).partition(" ")
         instruction = Instruction(name, [], guard, negated, line, self.source, parts=tuple(name.split(".")))
         if instruction.parts[0] == "bra":
+            instruction.operands.append(rest.strip())
             self.waiting.append((instruction, rest.strip(), list(self.scopes)))
         else:
             for part in _PART.findall(rest):

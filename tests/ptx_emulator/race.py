@@ -69,6 +69,8 @@ class RaceDetector:
         fine[np.arange(len(warps)), :, local] = True
         self._check(fine.all(2), where, warps, np.argmin(fine, 2))
         self.writer[where] = local.astype(np.int16)[:, None]
+        winner = self.writer[where]  # of several warps that write at once
+        self._check(winner == local[:, None], where, warps, winner)
         self.written_at[where] = self.clock[warps, local][:, None]
 
     def barrier(self, slot: int, warps: np.ndarray) -> None:

@@ -20,8 +20,11 @@ class SharedMemory:
         self.written = np.zeros(slots * self.size, np.bool_)
         self.watchers: list = []
 
-    def watched_by(self, atomic: bool) -> list:
-        return [w for w in self.watchers if w.sees_atomics] if atomic else self.watchers
+    def watch(self, verb: str, where: np.ndarray, warps: np.ndarray, atomic: bool = False) -> None:
+        """Show an access ("read" or "write") to the watchers."""
+        for watcher in self.watchers:
+            if watcher.sees_atomics or not atomic:
+                getattr(watcher, verb)(where, warps)
 
     def start(self, slot: int) -> None:
         self.data[self.span(slot)] = 0xFF
@@ -52,8 +55,7 @@ class SharedMemory:
     ) -> list[np.ndarray]:
         at = self.locate(address, size * count, warps)
         where = at[:, None] + np.arange(size * count)
-        for watcher in self.watched_by(atomic):
-            watcher.read(where, warps)
+        self.watch("read", where, warps, atomic)
         self.check_written(where)
         view = self.data.view(STORAGE[8 * size])
         return [view[at // size + j] for j in range(count)]
@@ -62,8 +64,7 @@ class SharedMemory:
         size = values[0].dtype.itemsize
         at = self.locate(address, size * len(values), warps)
         where = at[:, None] + np.arange(size * len(values))
-        for watcher in self.watched_by(atomic):
-            watcher.write(where, warps)
+        self.watch("write", where, warps, atomic)
         view = self.data.view(values[0].dtype)
         for j, value in enumerate(values):
             view[at // size + j] = value
