@@ -31,13 +31,21 @@ def test_ordered(body: str) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    ["st.shared.u32 [%r1], %tid;", WRITE + "bar.warp.sync -1;" + READ_OTHER, WRITE + BAR + READ_OTHER + WRITE,
+    [WRITE + "bar.warp.sync -1;" + READ_OTHER, WRITE + BAR + READ_OTHER + WRITE,
      WRITE + BAR + "st.shared.u32 [%r3], %tid;" + "ld.shared.u32 %r4, [%r2];"],
-    ids=["two writers", "read", "write after read", "read after another's write"],
+    ids=["read", "write after read", "read after another's write"],
 )  # fmt: skip
 def test_unordered(body: str) -> None:
     with pytest.raises(Race, match=r"(?s)shared address \d+: warp [01] and warp [01] with no barrier.*thread \d+"):
         races(body)
+
+
+def test_at_once_the_same_value_or_a_race() -> None:
+    """Compilers let every warp store what all of them hold."""
+    races("st.shared.u32 [%r1], 5;")
+    for value in ("%tid", "%lane"):
+        with pytest.raises(Race, match="different values at once"):
+            races(f"st.shared.u32 [%r1], {value};", threads=64 if value == "%tid" else 32)
 
 
 def test_a_barrier_of_others_orders_nothing() -> None:

@@ -165,6 +165,8 @@ def _store(machine: Machine, ins: Instruction):
                 raise BadAddress(f"{ins.name} to the parameters, which are constant")
             else:
                 machine.memory.store(addresses, part, warps[at], weak)
+        if not weak:
+            _show(machine, warps)
 
     return run
 
@@ -182,6 +184,13 @@ def _release(machine: Machine, ins: Instruction, warps: np.ndarray, hold: bool =
                 machine.schedule.released(slot)
         else:
             machine.memory.barrier(slot, np.array([warp]))
+
+
+def _show(machine: Machine, warps: np.ndarray) -> None:
+    """A strong write is seen at once: should others take it for a flag, they get the time to look at what is not."""
+    for slot in np.unique(machine.slot_of[warps]):
+        if machine.memory.unpublished(int(slot)):
+            machine.schedule.released(int(slot))
 
 
 def _acquire(machine: Machine, ins: Instruction, warps: np.ndarray) -> None:
@@ -246,6 +255,7 @@ def _atomic(machine: Machine, ins: Instruction):
                 old[k] = one_lane(where[k : k + 1], warps[k : k + 1], [n[k : k + 1] for n in new])
         if "acquire" in ins.parts or "acq_rel" in ins.parts:
             _acquire(machine, ins, np.unique(warps))
+        _show(machine, warps)
         write(machine.spread(old, rows, mask), rows, mask)
 
     return run

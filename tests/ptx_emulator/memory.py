@@ -231,6 +231,11 @@ class GlobalMemory:
                 store.range.changed()
             stores.clear()
 
+    def unpublished(self, slot: int) -> bool:
+        """Whether the CTA has stores that others cannot see yet."""
+        warps = range(slot * self.warps_per_cta, (slot + 1) * self.warps_per_cta)
+        return bool(self.ordered[slot]) or any(self.buffers[warp] for warp in warps)
+
     def finish(self, slot: int) -> None:
         """A CTA ends: all that it stored is published."""
         for warp in range(slot * self.warps_per_cta, (slot + 1) * self.warps_per_cta):

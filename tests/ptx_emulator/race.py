@@ -22,6 +22,7 @@ class RaceDetector:
         self.written_at = np.zeros(size, np.int32)
         self.read_at = np.full((size, count), -1, np.int32)
         machine.shared.watchers.append(self)
+        machine.shared.after_store = self.wrote
         machine.on_barrier.append(self.barrier)
         machine.on_start.append(self.start)
 
@@ -69,9 +70,15 @@ class RaceDetector:
         fine[np.arange(len(warps)), :, local] = True
         self._check(fine.all(2), where, warps, np.argmin(fine, 2))
         self.writer[where] = local.astype(np.int16)[:, None]
-        winner = self.writer[where]  # of several warps that write at once
-        self._check(winner == local[:, None], where, warps, winner)
         self.written_at[where] = self.clock[warps, local][:, None]
+
+    def wrote(self, where: np.ndarray, values: np.ndarray) -> None:
+        """Threads that write one byte in one instruction must agree: compilers let warps store what all of them hold."""
+        fine = self.machine.shared.data[where] == values
+        if not fine.all():
+            k, byte = np.argwhere(~fine)[0]
+            address = int(where[k, byte]) % self.machine.shared.size
+            raise Race(f"shared address {address}: threads write different values at once", int(k))
 
     def barrier(self, slot: int, warps: np.ndarray) -> None:
         self.clock[warps] = self.clock[warps].max(0)

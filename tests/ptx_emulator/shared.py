@@ -5,6 +5,8 @@ as byte offsets into all slots' memory; they raise when the access is wrong (rac
 race each other, so that the race detector, and only it, does not see them (`sees_atomics`).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .bits import STORAGE
@@ -19,6 +21,7 @@ class SharedMemory:
         self.data = np.full(slots * self.size, 0xFF, np.uint8)
         self.written = np.zeros(slots * self.size, np.bool_)
         self.watchers: list = []
+        self.after_store: Callable[[np.ndarray, np.ndarray], None] | None = None  # takes the bytes' places and values
 
     def watch(self, verb: str, where: np.ndarray, warps: np.ndarray, atomic: bool = False) -> None:
         """Show an access ("read" or "write") to the watchers."""
@@ -69,3 +72,5 @@ class SharedMemory:
         for j, value in enumerate(values):
             view[at // size + j] = value
         self.written[where] = True
+        if self.after_store is not None and not atomic:
+            self.after_store(where, np.stack(values, 1).view(np.uint8))
