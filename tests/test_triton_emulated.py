@@ -31,7 +31,7 @@ FACTORS = {
     "gpu": ["80", "90", "90 pointers", "80 old", "90 old", "90 pointers old"],
     "dtype": [torch.bfloat16, torch.float16],
     "shape": [(136, 64, 72), (129, 100, 130), (40, 264, 33), (300, 72, 136), (7, 96, 80), (1, 200, 129)],
-    "r": [1, 3, 8, 16, 17, 64, 100],
+    "r": [1, 3, 8, 16, 17, 64, 100, 128, 256],
     "form": ["sigma", "core", "none"],
     "factors": [torch.float32, None],
     "gate": ["none", "table", "top-k"],
@@ -138,7 +138,7 @@ def test_a_layer_is_right_under_every_adversity(case: dict, monkeypatch: pytest.
     for mode in ("convergent", case["mode"]):
         with emulation(**of(case, mode)) as how:
             results.append(run(fused_call, low, dy.to(dtype), wanted))
-    assert "forward_kernel" in how.launches or "linear_kernel" in how.launches
+    assert how.launches or (case["form"] == "core" and r > 128)  # that one is PyTorch's
     for name, plain, again in zip(("y", *wanted), *results, strict=True):
         assert torch.equal(plain, again), f"{name} has other bits under {case['mode']}"
     truth = run(expected, exact, dy.to(dtype), wanted)

@@ -27,7 +27,8 @@ from . import launching
 from .configs import Config
 from .reduce import Sum, reduce
 from .tiles import (
-    consume,
+    adapter_step,
+    consume_all,
     current_epoch,
     fence_async_proxy,
     finish,
@@ -36,7 +37,6 @@ from .tiles import (
     load_rows,
     load_scale,
     modulate,
-    modulate_transposed,
     product,
     product_tma,
     publish,
@@ -47,16 +47,16 @@ from .tiles import (
 
 @triton.jit
 def outer_tile(
-    a, stride_a, columns, L, q, R: tl.constexpr, first_row, last_row, part, partial, r, sums, rng_state, threshold, keep_scale,
+    a, stride_a, columns, L, q, R: tl.constexpr, rank, RT: tl.constexpr, first_row, last_row, part, partial, r, sums, rng_state, threshold, keep_scale,
     BF: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr, FENCE: tl.constexpr,
+    PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
-    """partial[part, columns, :] = (D * a)[rows, columns]^T q[rows, :], and sums[part, columns] = the sum of a over rows."""
-    depth, rank = tl.arange(0, BD), tl.arange(0, R)
-    offsets = tl.arange(0, BF)
-    acc = tl.zeros((BF, R), tl.float32)
+    """partial[part, columns, rank] = (D * a)[rows, columns]^T q[rows, rank], and sums[part, columns] = the sum of a over rows."""
+    depth, offsets = tl.arange(0, BD), tl.arange(0, BF)
+    acc = tl.zeros((BF, RT), tl.float32)
     total = tl.zeros((BF,), tl.float32)
-    for row in range(first_row, last_row, BD):
+    STAGES: tl.constexpr = 1 if (DROPOUT or SUM) and WGMMA > 0 else None  # launching.wgmma says why
+    for row in tl.range(first_row, last_row, BD, num_stages=STAGES):
         rows = row + depth
         inside = rows < last_row
         at = a + rows[:, None].to(tl.int64) * stride_a + (columns + offsets)[None, :]
@@ -68,13 +68,13 @@ def outer_tile(
                 tile = tl.where(keep(rows, columns, rng_state, threshold, BF), tile, 0.0)
             q_at = q + rows[:, None].to(tl.int64) * R + rank[None, :]
             right = tl.load(q_at, mask=inside[:, None], other=0.0)
-            if FENCE:
+            if WGMMA == 2:
                 fence_async_proxy()
             acc = tl.dot(tl.trans(tile), right, acc, input_precision=PRECISION)
     if PRODUCT:
         if DROPOUT:
             acc *= keep_scale.to(tl.float32)
-        store_rows(partial + part.to(tl.int64) * L * r, acc, columns + offsets, L, r, R)
+        store_rows(partial + part.to(tl.int64) * L * r, acc, columns + offsets, L, rank, r)
     if SUM:
         tl.store(sums + part.to(tl.int64) * L + columns + offsets, total, mask=columns + offsets < L)
 
@@ -83,23 +83,25 @@ def outer_tile(
 def backward_kernel(
     control, dy, stride_dy, weight, stride_wn, stride_wk, M, N, K, dy_tma, w_tma, x, stride_x, u, v, stride_v, h, r, sigma, core, gate,
     scale, dx, stride_dx, q, z, dsigma, dcore, dscale, dgate, du, dv, dbias, rng_state, threshold, keep_scale,
-    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr, BF: tl.constexpr,
+    R: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr, BF: tl.constexpr,
     BD: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, DROPOUT: tl.constexpr,
     BASE: tl.constexpr, WANT_P: tl.constexpr, WANT_X: tl.constexpr, WANT_U: tl.constexpr, WANT_SIGMA: tl.constexpr,
     WANT_V: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_SCALE: tl.constexpr, WANT_CORE: tl.constexpr,
-    WANT_GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
+    WANT_GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = dy.dtype.element_ty
     NEEDS_Z: tl.constexpr = WANT_V
     NEEDS_H: tl.constexpr = WANT_V or WANT_SIGMA or WANT_SCALE or WANT_CORE or WANT_GATE
-    rank = tl.arange(0, R)
+    PIECES: tl.constexpr = R // RT
+    tl.static_assert(PIECES == 1 or KIND != "core")
     row_groups = tl.cdiv(M, BM)
     groups = tl.cdiv(row_groups, HEIGHT)
     x_tiles = tl.cdiv(K, BN) if WANT_X else 0
-    u_tiles = tl.cdiv(K, BF) if WANT_U else 0
-    v_tiles = tl.cdiv(N, BF) if WANT_V or WANT_BIAS else 0
-    whole = HEIGHT * (1 + x_tiles) + u_tiles + v_tiles  # tiles of a super-group
-    tickets = (groups - 1) * whole + (row_groups - (groups - 1) * HEIGHT) * (1 + x_tiles) + u_tiles + v_tiles
+    u_tiles = tl.cdiv(K, BF) * PIECES if WANT_U else 0
+    v_tiles = tl.cdiv(N, BF) * PIECES if WANT_V or WANT_BIAS else 0
+    per_group = PIECES + x_tiles
+    whole = HEIGHT * per_group + u_tiles + v_tiles  # tiles of a super-group
+    tickets = (groups - 1) * whole + (row_groups - (groups - 1) * HEIGHT) * per_group + u_tiles + v_tiles
     epoch = current_epoch(control)
     ticket = take_ticket(control)
     while ticket < tickets:
@@ -107,55 +109,53 @@ def backward_kernel(
         place = ticket - super_group * whole
         first = super_group * HEIGHT
         height = tl.minimum(HEIGHT, row_groups - first)
-        if place < height:  # ------------------------------------------------------------------------------ p-tile
-            group = first + place
-            rows = group * BM + tl.arange(0, BM)
+        if place < height * PIECES:  # --------------------------------------------------------------------- p-tile
+            group, piece = first + place % height, place // height
+            flag = group * PIECES + piece
+            rows, rank = group * BM + tl.arange(0, BM), piece * RT + tl.arange(0, RT)
             s = load_scale(scale, SCALE_ON_DEVICE)
             if NEEDS_H:
-                hidden = load_rows(h, rows, M, r, R)
-                modulated = modulate(hidden, sigma, core, r, R, KIND, T, PRECISION)
+                hidden = load_rows(h, rows, M, rank, r)
+                modulated = modulate(hidden, sigma, core, rank, r, False, KIND, T, PRECISION)
             if GATED:
-                g = load_rows(gate, rows, M, r, R)
+                g = load_rows(gate, rows, M, rank, r)
             if NEEDS_Z:
                 gated = modulated * s
                 if GATED:
                     gated *= g
-                store_rows(z, gated, rows, M, R, R)
+                store_rows(z, gated, rows, M, rank, R)
             if WANT_P:
                 p = product(
-                    tl.zeros((BM, R), tl.float32), dy, stride_dy, rows, M, v, 1, stride_v, rank, R, 0, N,
-                    rng_state, threshold, BK, False, PRECISION, FENCE,
+                    tl.zeros((BM, RT), tl.float32), dy, stride_dy, rows, M, v, 1, stride_v, rank, R, 0, N,
+                    rng_state, threshold, BK, False, PRECISION, WGMMA,
                 )  # fmt: skip
                 t = p * s
                 if WANT_GATE:
-                    store_rows(dgate, t * modulated, rows, M, r, R)
+                    store_rows(dgate, t * modulated, rows, M, rank, r)
                 if WANT_SCALE:
                     both = p * modulated
                     if GATED:
                         both *= g
-                    tl.store(dscale + group, tl.sum(both))
+                    tl.store(dscale + flag, tl.sum(both))
                 if GATED:
                     t *= g
                 if WANT_SIGMA:
                     tl.store(dsigma + group.to(tl.int64) * r + rank, tl.sum(hidden * t, 0), mask=rank < r)
                 if WANT_CORE:
                     products = tl.dot(tl.trans(hidden.to(T)), t.to(T), input_precision=PRECISION)
-                    store_rows(dcore + group.to(tl.int64) * r * r, products, rank, r, r, R)
+                    store_rows(dcore + group.to(tl.int64) * r * r, products, rank, r, rank, r)
                 if WANT_X or WANT_U:
-                    store_rows(q, modulate_transposed(t, sigma, core, r, R, KIND, T, PRECISION), rows, M, R, R)
-            publish(control, group, epoch)
-        elif place < height * (1 + x_tiles):  # ----------------------------------------------------------- dx-tile
+                    store_rows(q, modulate(t, sigma, core, rank, r, True, KIND, T, PRECISION), rows, M, rank, R)
+            publish(control, flag, epoch)
+        elif place < height * per_group:  # ----------------------------------------------------------- dx-tile
             if WANT_X:
-                group = first + (place - height) % height
-                column = (place - height) // height * BN
+                place -= height * PIECES
+                group, column = first + place % height, place // height * BN
                 rows, columns = group * BM + tl.arange(0, BM), column + tl.arange(0, BN)
                 acc = tl.zeros((BM, BN), tl.float32)
-                f_at = u + columns[None, :].to(tl.int64) * R + rank[:, None]
-                q_at = q + rows[:, None].to(tl.int64) * R + rank[None, :]
                 if DROPOUT:  # the mask falls on the adapter's part alone
-                    consume(control, group, epoch)
-                    f = tl.load(f_at, mask=(columns < K)[None, :], other=0.0)
-                    acc = tl.dot(tl.load(q_at, mask=(rows < M)[:, None], other=0.0), f, acc, input_precision=PRECISION)
+                    consume_all(control, group, 1, epoch, PIECES)
+                    acc = adapter_step(acc, q, rows, M, u, columns, K, R, RT, PRECISION)
                     acc = tl.where(keep(rows, column, rng_state, threshold, BN), acc * keep_scale.to(tl.float32), 0.0)
                 if BASE:
                     if TMA:
@@ -163,30 +163,31 @@ def backward_kernel(
                     else:
                         acc = product(
                             acc, dy, stride_dy, rows, M, weight, stride_wn, stride_wk, columns, K, 0, N,
-                            rng_state, threshold, BK, False, PRECISION, FENCE,
+                            rng_state, threshold, BK, False, PRECISION, WGMMA,
                         )  # fmt: skip
                 if not DROPOUT:
-                    f = tl.load(f_at, mask=(columns < K)[None, :], other=0.0)
-                    consume(control, group, epoch)
-                    acc = tl.dot(tl.load(q_at, mask=(rows < M)[:, None], other=0.0), f, acc, input_precision=PRECISION)
+                    consume_all(control, group, 1, epoch, PIECES)
+                    acc = adapter_step(acc, q, rows, M, u, columns, K, R, RT, PRECISION)
                 dx_at = dx + rows[:, None].to(tl.int64) * stride_dx + columns[None, :]
                 tl.store(dx_at, acc.to(T), mask=(rows < M)[:, None] & (columns < K)[None, :])
         else:  # ---------------------------------------------------------------------------------- dU- and dV-tiles
-            tile = place - height * (1 + x_tiles)
-            for group in range(first, first + height):
-                consume(control, group, epoch)
+            tile = place - height * per_group
+            consume_all(control, first, height, epoch, PIECES)
             first_row, last_row = first * BM, tl.minimum((first + height) * BM, M)
             if tile < u_tiles:
                 if WANT_U:
+                    rank = tile % PIECES * RT + tl.arange(0, RT)
                     outer_tile(
-                        x, stride_x, tile * BF, K, q, R, first_row, last_row, super_group, du, r, None,
-                        rng_state, threshold, keep_scale, BF, BD, DROPOUT, True, False, PRECISION, FENCE,
+                        x, stride_x, tile // PIECES * BF, K, q, R, rank, RT, first_row, last_row, super_group, du, r, None,
+                        rng_state, threshold, keep_scale, BF, BD, DROPOUT, True, False, PRECISION, WGMMA,
                     )  # fmt: skip
             else:
                 if WANT_V or WANT_BIAS:
+                    tile -= u_tiles
+                    rank = tile % PIECES * RT + tl.arange(0, RT)
                     outer_tile(
-                        dy, stride_dy, (tile - u_tiles) * BF, N, z, R, first_row, last_row, super_group, dv, r, dbias,
-                        rng_state, threshold, keep_scale, BF, BD, False, WANT_V, WANT_BIAS, PRECISION, FENCE,
+                        dy, stride_dy, tile // PIECES * BF, N, z, R, rank, RT, first_row, last_row, super_group, dv, r, dbias,
+                        rng_state, threshold, keep_scale, BF, BD, False, WANT_V, WANT_BIAS, PRECISION, WGMMA,
                     )  # fmt: skip
         ticket = take_ticket(control)
     finish(control, epoch)
@@ -218,10 +219,12 @@ def backward(
     rows, out = dy.shape
     width, R = u.shape[0], u.shape[1]
     BM, BN, BK, BF = config.BM, config.BN, config.BK, config.BF
+    RT = min(R, config.RT)
+    pieces = R // RT
     row_groups = triton.cdiv(rows, BM)
     groups = triton.cdiv(row_groups, config.HEIGHT)
     x_tiles = triton.cdiv(width, BN) if want.x else 0
-    fill = (triton.cdiv(width, BF) if want.u else 0) + (triton.cdiv(out, BF) if want.v or want.bias else 0)
+    fill = pieces * ((triton.cdiv(width, BF) if want.u else 0) + (triton.cdiv(out, BF) if want.v or want.bias else 0))
     wants_p = want.x or want.u or want.sigma or want.scale or want.core or want.gate
 
     def sums(wanted: bool, *shape: int) -> Tensor | None:
@@ -231,24 +234,24 @@ def backward(
     partial = {
         "sigma": sums(want.sigma, row_groups, r),
         "core": sums(want.core, row_groups, r * r),
-        "scale": sums(want.scale, row_groups, 1),
+        "scale": sums(want.scale, row_groups * pieces, 1),
         "u": sums(want.u, groups, width * r),
         "v": sums(want.v, groups, out * r),
         "bias": sums(want.bias, groups, out),
     }
     dx, dgate = outs.get("x"), outs.get("gate")
     launching.launch(
-        backward_kernel, (min(row_groups * (1 + x_tiles) + groups * fill, ctas),),
+        backward_kernel, (min(row_groups * (pieces + x_tiles) + groups * fill, ctas),),
         control, dy, dy.stride(0), weight, *((0, 0) if weight is None else weight.stride()), rows, out, width,
         launching.descriptor(dy, [BM, BK]) if tma else None, launching.descriptor(weight, [BK, BN]) if tma else None,
         x, 0 if x is None else x.stride(0), u, v, v.stride(0), h, r, sigma, core, gate,
         scale.item() if scale.is_cpu else scale, dx, 0 if dx is None else dx.stride(0), *between,
         partial["sigma"], partial["core"], partial["scale"], dgate, partial["u"], partial["v"], partial["bias"],
         rng_state, threshold, keep_scale,
-        R=R, BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, BF=BF, BD=config.BD, KIND=kind(sigma, core), GATED=gate is not None,
+        R=R, RT=RT, BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, BF=BF, BD=config.BD, KIND=kind(sigma, core), GATED=gate is not None,
         SCALE_ON_DEVICE=not scale.is_cpu, DROPOUT=threshold > 0, BASE=weight is not None, WANT_P=wants_p, WANT_X=want.x,
         WANT_U=want.u, WANT_SIGMA=want.sigma, WANT_V=want.v, WANT_BIAS=want.bias, WANT_SCALE=want.scale,
-        WANT_CORE=want.core, WANT_GATE=want.gate, TMA=tma, PRECISION=precision, FENCE=launching.needs_fence(dy.device),
+        WANT_CORE=want.core, WANT_GATE=want.gate, TMA=tma, PRECISION=precision, WGMMA=launching.wgmma(dy.device),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     shapes = {"sigma": (1, r), "core": (r, r), "scale": (1, 1), "u": (width, r), "v": (out, r), "bias": (1, out)}

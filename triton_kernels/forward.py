@@ -1,6 +1,6 @@
 """The whole forward in one persistent launch:  y = x W + s ((D * x) U * sigma) V^T + b.
 
-Tiles of two kinds in one order. A super-group of HEIGHT row groups (BM rows each) has HEIGHT z-tiles
+Tiles of two kinds in one order. A super-group of HEIGHT row groups (BM rows each) has HEIGHT z-tiles (a piece of RT ranks each)
 
     h = (D * x) U        z = s (h * sigma | h R) * g        -> z (M, R) in T, h (M, r) kept for the backward, flag of the group
 
@@ -23,10 +23,10 @@ from torch import Tensor
 from . import launching
 from .configs import Config
 from .tiles import (
-    consume,
+    adapter_step,
+    consume_all,
     current_epoch,
     finish,
-    in_group,
     kind,
     load_rows,
     load_scale,
@@ -43,36 +43,40 @@ from .tiles import (
 def forward_kernel(
     control, x, stride_x, weight, stride_wn, stride_wk, M, N, K, x_tma, w_tma, u, stride_u, v, z, r, sigma, core, gate, scale, bias,
     y, stride_y, h_out, rng_state, threshold, keep_scale,
-    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr, KIND: tl.constexpr,
+    R: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr, KIND: tl.constexpr,
     GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, SAVE_H: tl.constexpr, DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = y.dtype.element_ty
+    PIECES: tl.constexpr = R // RT
+    tl.static_assert(PIECES == 1 or KIND != "core")
     row_groups, column_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    rank = tl.arange(0, R)
+    per_group = PIECES + column_tiles
     epoch = current_epoch(control)
     ticket = take_ticket(control)
-    while ticket < row_groups * (column_tiles + 1):
-        first, height, place = in_group(ticket, row_groups, column_tiles + 1, HEIGHT)
-        if place < height:
-            group = first + place
-            rows = group * BM + tl.arange(0, BM)
+    while ticket < row_groups * per_group:
+        first = ticket // (HEIGHT * per_group) * HEIGHT
+        height = tl.minimum(HEIGHT, row_groups - first)
+        place = ticket - first * per_group
+        if place < height * PIECES:
+            group, piece = first + place % height, place // height
+            rows, rank = group * BM + tl.arange(0, BM), piece * RT + tl.arange(0, RT)
             h = product(
-                tl.zeros((BM, R), tl.float32), x, stride_x, rows, M, u, 1, stride_u, rank, R, 0, K,
-                rng_state, threshold, BK, DROPOUT, PRECISION, FENCE,
+                tl.zeros((BM, RT), tl.float32), x, stride_x, rows, M, u, 1, stride_u, rank, R, 0, K,
+                rng_state, threshold, BK, DROPOUT, PRECISION, WGMMA,
             )  # fmt: skip
             if DROPOUT:
                 h *= keep_scale.to(tl.float32)
             if SAVE_H:
-                store_rows(h_out, h, rows, M, r, R)
-            modulated = modulate(h, sigma, core, r, R, KIND, T, PRECISION) * load_scale(scale, SCALE_ON_DEVICE)
+                store_rows(h_out, h, rows, M, rank, r)
+            modulated = modulate(h, sigma, core, rank, r, False, KIND, T, PRECISION) * load_scale(scale, SCALE_ON_DEVICE)
             if GATED:
-                modulated *= load_rows(gate, rows, M, r, R)
-            store_rows(z, modulated, rows, M, R, R)
-            publish(control, group, epoch)
+                modulated *= load_rows(gate, rows, M, rank, r)
+            store_rows(z, modulated, rows, M, rank, R)
+            publish(control, group * PIECES + piece, epoch)
         else:
-            group = first + (place - height) % height
-            column = (place - height) // height * BN
+            place -= height * PIECES
+            group, column = first + place % height, place // height * BN
             rows, columns = group * BM + tl.arange(0, BM), column + tl.arange(0, BN)
             acc = tl.zeros((BM, BN), tl.float32)
             if TMA:
@@ -80,12 +84,10 @@ def forward_kernel(
             else:
                 acc = product(
                     acc, x, stride_x, rows, M, weight, stride_wk, stride_wn, columns, N, 0, K,
-                    rng_state, threshold, BK, False, PRECISION, FENCE,
+                    rng_state, threshold, BK, False, PRECISION, WGMMA,
                 )  # fmt: skip
-            f = tl.load(v + columns[None, :].to(tl.int64) * R + rank[:, None], mask=(columns < N)[None, :], other=0.0)
-            consume(control, group, epoch)
-            z_at = z + rows[:, None].to(tl.int64) * R + rank[None, :]
-            acc = tl.dot(tl.load(z_at, mask=(rows < M)[:, None], other=0.0), f, acc, input_precision=PRECISION)
+            consume_all(control, group, 1, epoch, PIECES)
+            acc = adapter_step(acc, z, rows, M, v, columns, N, R, RT, PRECISION)
             if BIAS:
                 acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
             y_at = y + rows[:, None].to(tl.int64) * stride_y + columns[None, :]
@@ -108,15 +110,17 @@ def forward(
     (rows, width), out = x.shape, weight.shape[0]
     BM, BN, BK = config.BM, config.BN, config.BK
     row_groups = triton.cdiv(rows, BM)
-    tiles = row_groups * (triton.cdiv(out, BN) + 1)
+    R = v.shape[1]
+    RT = min(R, config.RT)
+    tiles = row_groups * (triton.cdiv(out, BN) + R // RT)
     launching.launch(
         forward_kernel, (min(tiles, ctas),),
         control, x, x.stride(0), weight, *weight.stride(), rows, out, width,
         launching.descriptor(x, [BM, BK]) if tma else None, launching.descriptor(weight, [BN, BK]) if tma else None,
         u, u.stride(0), v, z, r, sigma, core, gate, scale.item() if scale.is_cpu else scale, bias, y, y.stride(0), h,
         rng_state, threshold, keep_scale,
-        R=v.shape[1], BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, KIND=kind(sigma, core), GATED=gate is not None,
+        R=R, RT=RT, BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, KIND=kind(sigma, core), GATED=gate is not None,
         SCALE_ON_DEVICE=not scale.is_cpu, BIAS=bias is not None, SAVE_H=h is not None, DROPOUT=threshold > 0,
-        TMA=tma, PRECISION=precision, FENCE=launching.needs_fence(x.device),
+        TMA=tma, PRECISION=precision, WGMMA=launching.wgmma(x.device),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -41,12 +41,16 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
-def needs_fence(device: torch.device) -> bool:
-    """Whether the kernels must order cp.async before wgmma themselves: Triton before 3.7 puts no proxy fence there.
+def wgmma(device: torch.device) -> int:
+    """What the kernels must do about wgmma (sm_90): 0 nothing, 1 and 2 keep masked operands out of staged loops, 2 fences.
 
-    Found by running its PTX; triton-lang/triton pull request 9610 mends it.
+    Both were found by running the PTX. In a staged loop whose left operand is in registers (a masked tile, or one that is summed too), Triton
+    leaves up to three products in flight while it writes the registers and stages that they read. And before 3.7 it puts no
+    proxy fence between cp.async and the wgmma that reads what it brought (mended by triton-lang/triton pull request 9610).
     """
-    return architecture(device) == 90 and triton_version() < (3, 7)
+    if architecture(device) != 90:
+        return 0
+    return 1 if triton_version() >= (3, 7) else 2
 
 
 def stream(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import launching
 from .configs import Config
-from .tiles import keep, kind, load_rows, load_scale, modulate, modulate_transposed, product, store_rows
+from .tiles import keep, kind, load_rows, load_scale, modulate, product, store_rows
 
 
 @triton.jit
@@ -25,17 +25,18 @@ def adapter_rows(
     BACKWARD: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(h, z) of a tile of rows, from the partial sums of h (or, backward, (p, q) from those of p)."""
-    h = load_rows(partial, rows, M, r, R)
+    rank = tl.arange(0, R)
+    h = load_rows(partial, rows, M, rank, r)
     for split in range(1, splits):
-        h += load_rows(partial + split.to(tl.int64) * M * r, rows, M, r, R)
+        h += load_rows(partial + split.to(tl.int64) * M * r, rows, M, rank, r)
     if BACKWARD:
         t = h * s
         if GATED:
-            t *= load_rows(gate, rows, M, r, R)
-        return h, modulate_transposed(t, sigma, core, r, R, KIND, T, PRECISION)
-    z = modulate(h, sigma, core, r, R, KIND, T, PRECISION) * s
+            t *= load_rows(gate, rows, M, rank, r)
+        return h, modulate(t, sigma, core, rank, r, True, KIND, T, PRECISION)
+    z = modulate(h, sigma, core, rank, r, False, KIND, T, PRECISION) * s
     if GATED:
-        z *= load_rows(gate, rows, M, r, R)
+        z *= load_rows(gate, rows, M, rank, r)
     return h, z
 
 
@@ -45,7 +46,7 @@ def linear_kernel(
     y, stride_y, h_out, rng_state, threshold, keep_scale,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
     BACKWARD: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, SAVE_H: tl.constexpr,
-    DROPOUT: tl.constexpr, ADAPTER: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
+    DROPOUT: tl.constexpr, ADAPTER: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = y.dtype.element_ty
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -56,7 +57,7 @@ def linear_kernel(
         h, z = adapter_rows(partial, splits, rows, M, r, sigma, core, gate, s, R, KIND, GATED, BACKWARD, T, PRECISION)
         if SAVE_H:
             if tl.program_id(0) == 0:
-                store_rows(h_out, h, rows, M, r, R)
+                store_rows(h_out, h, rows, M, tl.arange(0, R), r)
         rank = tl.arange(0, R)
         at = factor + columns[None, :].to(tl.int64) * R + rank[:, None]
         f = tl.load(at, mask=(columns < N)[None, :], other=0.0)
@@ -83,7 +84,7 @@ def linear_kernel(
             BK,
             False,
             PRECISION,
-            FENCE,
+            WGMMA,
         )
     if BIAS:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -110,5 +111,5 @@ def linear(
         R=factor.shape[1], BM=config.BM, BN=config.BN, BK=config.BK, KIND=kind(sigma, core), GATED=gate is not None,
         BACKWARD=transposed, SCALE_ON_DEVICE=not scale.is_cpu, BIAS=bias is not None, SAVE_H=h is not None,
         DROPOUT=threshold > 0, ADAPTER=partial is not None, BASE=weight is not None, PRECISION=precision,
-        FENCE=launching.needs_fence(a.device), num_warps=config.num_warps, num_stages=config.num_stages,
+        WGMMA=launching.wgmma(a.device), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

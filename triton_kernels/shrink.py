@@ -19,18 +19,18 @@ from .tiles import product, store_rows
 @triton.jit(do_not_specialize=["M", "r", "threshold"])
 def shrink_kernel(
     a, stride_a, M, K, factor, stride_factor, r, out, rng_state, threshold, keep_scale, per_split,
-    R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
+    R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
     first = split * per_split
     h = product(
         tl.zeros((BM, R), tl.float32), a, stride_a, rows, M, factor, 1, stride_factor, tl.arange(0, R), R,
-        first, tl.minimum(first + per_split, K), rng_state, threshold, BK, DROPOUT, PRECISION, FENCE,
+        first, tl.minimum(first + per_split, K), rng_state, threshold, BK, DROPOUT, PRECISION, WGMMA,
     )  # fmt: skip
     if DROPOUT:
         h *= keep_scale.to(tl.float32)
-    store_rows(out + split.to(tl.int64) * M * r, h, rows, M, r, R)
+    store_rows(out + split.to(tl.int64) * M * r, h, rows, M, tl.arange(0, R), r)
 
 
 def shrink(
@@ -46,6 +46,6 @@ def shrink(
         shrink_kernel, (triton.cdiv(rows, BM), splits),
         a, a.stride(0), rows, width, columns, columns.stride(0), r, out, rng_state, threshold, keep_scale, per_split,
         R=columns.shape[0], BM=BM, BK=BK, DROPOUT=threshold > 0, PRECISION=precision,
-        FENCE=launching.needs_fence(a.device), num_warps=num_warps, num_stages=num_stages,
+        WGMMA=launching.wgmma(a.device), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out

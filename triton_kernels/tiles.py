@@ -1,11 +1,10 @@
 """What the kernels share on the device: tiles of a product, the modulation between the factors, dropout, tickets and flags.
 
     product    acc += a[rows, :] b[:, columns]              a (M, K) row-major, b (K, N) by its strides; any tails
-    modulate   z = s (h * sigma | h R) * g                  forward, of a tile of rows
-    transpose  t = s p * g,  q = t * sigma | t R^T          backward
+    modulate   h * sigma | h R, and backward t * sigma | t R^T
     keep       the dropout mask of a tile (Philox4x32, 7 rounds), the bits of svdkern.backends.philox
 
-r is padded to a power of two R >= 16: columns past r hold zeros. Accumulation is in fp32. T is the activations' dtype.
+r is padded to a power of two R >= 16: columns past r hold zeros. Tiles of products with a factor have RT of the R ranks. Accumulation is in fp32. T is the activations' dtype.
 """
 
 import triton
@@ -16,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def fence_async_proxy():
-    """What this thread wrote to shared memory is there for wgmma, which reads it through another proxy (launching.needs_fence)."""
+    """What this thread wrote to shared memory is there for wgmma, which reads it through another proxy (launching.wgmma)."""
     tl.inline_asm_elementwise(
         "fence.proxy.async.shared::cta; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -25,19 +24,20 @@ def fence_async_proxy():
 @triton.jit
 def product(
     acc, a, stride_a, rows, M, b, stride_bk, stride_bn, columns, N, first, K,
-    rng_state, threshold, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCE: tl.constexpr,
+    rng_state, threshold, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     """acc + (D * a)[rows, first : K] b[first : K, columns] without D's factor. Offsets are 64-bit: M K may pass 2^31."""
     depth = tl.arange(0, BK)
     a_at = a + rows[:, None].to(tl.int64) * stride_a + (first + depth)[None, :]
     b_at = b + (first + depth)[:, None].to(tl.int64) * stride_bk + columns[None, :].to(tl.int64) * stride_bn
-    for start in range(first, K, BK):
+    STAGES: tl.constexpr = 1 if DROPOUT and WGMMA > 0 else None  # launching.wgmma says why
+    for start in tl.range(first, K, BK, num_stages=STAGES):
         inside = depth < K - start
         left = tl.load(a_at, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
         right = tl.load(b_at, mask=inside[:, None] & (columns < N)[None, :], other=0.0)
         if DROPOUT:
             left = tl.where(keep(rows, start, rng_state, threshold, BK), left, 0.0)
-        if FENCE:
+        if WGMMA == 2:
             fence_async_proxy()
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         a_at += BK
@@ -57,6 +57,18 @@ def product_tma(acc, a, row, b, column, K, BK: tl.constexpr, B_IS_OUT_BY_IN: tl.
     return acc
 
 
+@triton.jit
+def adapter_step(acc, z, rows, M, factor, columns, N, R: tl.constexpr, RT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + z[rows, :] factor[columns, :]^T, RT ranks at a time; z (M, R) and factor (N, R) contiguous, in T."""
+    for first in tl.range(0, R, RT, num_stages=1):  # staged loads would cost the registers of the accumulators
+        rank = first + tl.arange(0, RT)
+        right_at = factor + columns[None, :].to(tl.int64) * R + rank[:, None]
+        right = tl.load(right_at, mask=(columns < N)[None, :], other=0.0)
+        left = tl.load(z + rows[:, None].to(tl.int64) * R + rank[None, :], mask=(rows < M)[:, None], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    return acc
+
+
 # ---------------------------------------------------------------------------------------------------------- modulation
 
 
@@ -68,30 +80,21 @@ def load_scale(scale, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def load_rank_row(vector, r, R: tl.constexpr):
-    """(R,) of a vector over the rank, zeros past r."""
-    rank = tl.arange(0, R)
-    return tl.load(vector + rank, mask=rank < r, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_core(core, stride_row, stride_column, r, R: tl.constexpr):
-    """The core (R, R), zeros past r; strides (1, r) give its transpose."""
-    i, j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
+def load_core(core, stride_row, stride_column, rank, r):
+    """The core on ranks x ranks, zeros past r; strides (1, r) give its transpose."""
+    i, j = rank[:, None], rank[None, :]
     return tl.load(core + i * stride_row + j * stride_column, mask=(i < r) & (j < r), other=0.0)
 
 
 @triton.jit
-def load_rows(matrix, rows, M, r, R: tl.constexpr):
-    """(rows, R) of a contiguous fp32 matrix (M, r), zeros outside."""
-    rank = tl.arange(0, R)
+def load_rows(matrix, rows, M, rank, r):
+    """(rows, ranks) of a contiguous matrix (M, r), zeros outside."""
     at = matrix + rows[:, None].to(tl.int64) * r + rank[None, :]
     return tl.load(at, mask=(rows < M)[:, None] & (rank < r)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(matrix, values, rows, M, r, R: tl.constexpr):
-    rank = tl.arange(0, R)
+def store_rows(matrix, values, rows, M, rank, r):
     at = matrix + rows[:, None].to(tl.int64) * r + rank[None, :]
     tl.store(at, values.to(matrix.dtype.element_ty), mask=(rows < M)[:, None] & (rank < r)[None, :])
 
@@ -102,25 +105,15 @@ def kind(sigma: object, core: object) -> str:
 
 
 @triton.jit
-def modulate(h, sigma, core, r, R: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
-    """h * sigma (KIND "sigma"), h R ("core"), h ("one"): before gate and scale."""
+def modulate(h, sigma, core, rank, r, TRANSPOSED: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
+    """h * sigma (KIND "sigma"), h R or h R^T ("core": all ranks at once), h ("one"): before gate and scale."""
     if KIND == "sigma":
-        return h * load_rank_row(sigma, r, R)[None, :]
+        return h * tl.load(sigma + rank, mask=rank < r, other=0.0).to(tl.float32)[None, :]
     if KIND == "core":
-        return tl.dot(h.to(T), load_core(core, r, 1, r, R).to(T), input_precision=PRECISION)
+        if TRANSPOSED:
+            return tl.dot(h.to(T), load_core(core, 1, r, rank, r).to(T), input_precision=PRECISION)
+        return tl.dot(h.to(T), load_core(core, r, 1, rank, r).to(T), input_precision=PRECISION)
     return h
-
-
-@triton.jit
-def modulate_transposed(
-    t, sigma, core, r, R: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr
-):
-    """t * sigma, t R^T, t."""
-    if KIND == "sigma":
-        return t * load_rank_row(sigma, r, R)[None, :]
-    if KIND == "core":
-        return tl.dot(t.to(T), load_core(core, 1, r, r, R).to(T), input_precision=PRECISION)
-    return t
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
@@ -149,7 +142,7 @@ def keep(rows, column, rng_state, threshold, WIDTH: tl.constexpr):
 
 # --------------------------------------------------------------------------------------------------- tickets and flags
 #
-# control: int32 [ticket, done, epoch, flag of row group 0, 1, ...], zeros at first. A tile depends only on tiles of lower
+# control: int32 [ticket, done, epoch, flags], zeros at first; a row group has a flag for each of its PIECES = R / RT tiles. A tile depends only on tiles of lower
 # tickets, so what a CTA waits for is held by one that runs. The epoch is read from memory, not passed: a captured graph
 # that is replayed must not believe the flags of its last run.
 
@@ -170,15 +163,15 @@ def take_ticket(control):
 
 
 @triton.jit
-def publish(control, group, epoch):
+def publish(control, flag, epoch):
     """All stores of this CTA before here become visible to whoever consumes this flag."""
     tl.debug_barrier()  # Triton 3.6 puts none before an atomic
-    tl.atomic_xchg(control + FLAGS + group, epoch, sem="release")
+    tl.atomic_xchg(control + FLAGS + flag, epoch, sem="release")
 
 
 @triton.jit
-def consume(control, group, epoch):
-    while tl.atomic_or(control + FLAGS + group, 0, sem="acquire") != epoch:
+def consume(control, flag, epoch):
+    while tl.atomic_or(control + FLAGS + flag, 0, sem="acquire") != epoch:
         pass
     tl.debug_barrier()  # one thread looked; the others must not run ahead of it
 
@@ -193,11 +186,7 @@ def finish(control, epoch):
 
 
 @triton.jit
-def in_group(ticket, row_groups, per_group, HEIGHT: tl.constexpr):
-    """(first row group, how many, place) of a ticket among super-groups of HEIGHT row groups with per_group tiles each.
-
-    HEIGHT row groups share the tiles of W that come into the L2 for them.
-    """
-    first = ticket // (HEIGHT * per_group) * HEIGHT
-    height = tl.minimum(HEIGHT, row_groups - first)
-    return first, height, ticket - first * per_group
+def consume_all(control, first, height, epoch, PIECES: tl.constexpr):
+    """The flags of `height` row groups, PIECES each."""
+    for flag in range(first * PIECES, (first + height) * PIECES):
+        consume(control, flag, epoch)

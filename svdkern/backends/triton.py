@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class TritonBackend(EagerBackend):
-    """Whole calls by the Triton kernels; PyTorch's operators where they cannot serve (no rows, everything dropped, r > 512)."""
+    """Whole calls by the Triton kernels; PyTorch's operators where they cannot serve: no rows, everything dropped, r > 512, a large core."""
 
     name = "triton"
 
@@ -77,9 +78,9 @@ class TritonBackend(EagerBackend):
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
         rows, r = math.prod(x.shape[:-1]), u.shape[1]
-        if threshold == DROPS_ALL or not rows or r > LARGEST_R:
+        if threshold == DROPS_ALL or not rows or r > LARGEST_R or _core_is_large(core, x, r):
             return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
-        from svdkern.triton_kernels import configs, forward, launching, linear, pack, shrink, workspace
+        from svdkern.triton_kernels import configs, forward, launching, linear, pack, shrink
 
         a, out, R = _rows(x), v.shape[0], pack.padded(r)
         weight = None if weight is None else cast(weight, a.dtype)
@@ -120,7 +121,7 @@ class TritonBackend(EagerBackend):
             config = configs.training(arch, a.dtype, R)
             forward.forward(
                 a, weight, columns, packed, r, sigma, core, g, scale, bias, y, a.new_empty(rows, R), h, rng_state, threshold,
-                factor, workspace.control(a.device, -(-rows // config.BM)), config, launching.processors(a.device),
+                factor, _control(a.device, rows, R, config), config, launching.processors(a.device),
                 _precision(a.dtype), _tma(arch, a, weight),
             )  # fmt: skip
         return as_shaped(y, x), h
@@ -144,9 +145,9 @@ class TritonBackend(EagerBackend):
     ) -> Gradients:
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
         rows, r = math.prod(dy.shape[:-1]), u.shape[1]
-        if threshold == DROPS_ALL or not rows or r > LARGEST_R or batched:
+        if threshold == DROPS_ALL or not rows or r > LARGEST_R or batched or _core_is_large(core, dy, r):
             return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
-        from svdkern.triton_kernels import backward, configs, launching, pack, workspace
+        from svdkern.triton_kernels import backward, configs, launching, pack
 
         b = _rows(dy)
         a = None if x is None else _rows(x)
@@ -164,7 +165,7 @@ class TritonBackend(EagerBackend):
             backward.backward(
                 b, a if want.u else None, base, packed, columns, None if h is None else cast(h, torch.float32), r, sigma,
                 core, _dense(gate, index, rows, r), scale, outs, rng_state, threshold, keep_scale(threshold),
-                workspace.control(b.device, -(-rows // config.BM)), config, launching.processors(b.device),
+                _control(b.device, rows, R, config), config, launching.processors(b.device),
                 _precision(b.dtype), base is not None and _tma(arch, b, base), ours,
             )  # fmt: skip
         dgate = None
@@ -174,6 +175,16 @@ class TritonBackend(EagerBackend):
         dx = as_shaped(outs["x"], dy) if want.x else None
         found = (outs.get(name) for name in ("u", "sigma", "v", "bias", "scale", "core"))
         return Gradients(dx, dweight, *found, dgate)
+
+
+def _core_is_large(core: Tensor | None, x: Tensor, r: int) -> bool:
+    """Whether a core has more ranks than one tile: the persistent kernels need all of h in one."""
+    if core is None:
+        return False
+    from svdkern.triton_kernels import configs, launching, pack
+
+    R = pack.padded(r)
+    return configs.training(launching.architecture(x.device), x.dtype, R).RT < R
 
 
 def _outputs(
@@ -208,6 +219,13 @@ def _dense(gate: Tensor | None, index: Tensor | None, rows: int, r: int) -> Tens
     if gate is None:
         return None
     return gate_rows(cast(gate, torch.float32), index, rows, r).expand(rows, r).contiguous()
+
+
+def _control(device: torch.device, rows: int, R: int, config: Any) -> Tensor:
+    """The workspace of a persistent launch: a flag for each piece of ranks of each row group."""
+    from svdkern.triton_kernels import workspace
+
+    return workspace.control(device, -(-rows // config.BM) * (R // min(R, config.RT)))
 
 
 def _precision(dtype: torch.dtype) -> str:
