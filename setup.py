@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -196,4 +196,10 @@ def extensions() -> list[Extension]:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Abi3Wheel})
+    setup(
+        # The Triton kernels have a folder of their own in the checkout and are svdkern.triton_kernels where installed.
+        packages=[*find_packages(include=["svdkern", "svdkern.*"]), "svdkern.triton_kernels"],
+        package_dir={"svdkern.triton_kernels": "triton_kernels"},
+        ext_modules=extensions(),
+        cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Abi3Wheel},
+    )

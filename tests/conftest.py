@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,52 @@ import torch
 
 from svdkern.backends import choices, dispatch, extension, tuned
 from svdkern.backends.table import Table, write_table
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulator-json",
+        metavar="FILE",
+        type=Path,
+        help="write what the emulated tests did: outcome, seconds, and every launch with its kernel, arch, triton, mode and seed",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked slow run only where -m names them."""
+    if "slow" in config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+_emulated: list[dict[str, object]] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if "emulator" in report.keywords and (report.when == "call" or report.outcome != "passed"):
+        launches = [value for name, value in report.user_properties if name == "launch"]
+        _emulated.append(
+            {
+                "test": report.nodeid,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 3),
+                "launches": launches,
+            }
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.option.emulator_json
+    if path is not None and not hasattr(session.config, "workerinput"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        outcomes = {o: sum(t["outcome"] == o for t in _emulated) for o in ("passed", "failed", "skipped")}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"outcomes": outcomes, "tests": _emulated}, indent=1) + "\n")
+        partial.rename(path)
+
 
 pytest.register_assert_rewrite("operands")  # shared checks say as much as a test's own
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import ptx_emulator
@@ -23,12 +24,17 @@ class Emulation:
     mode: str = "convergent"
     seed: int = 0
     ctas: int = 3  # what the kernels take for the number of processors
+    record: Callable[[str, object], None] | None = None  # pytest's record_property
     launches: list[str] = field(default_factory=list)
 
     def launch(self, kernel, grid, *arguments, **meta):  # type: ignore[no-untyped-def]
         self.launches.append(kernel.fn.__name__)
         options = {"arch": self.arch, "version": self.version, "mode": self.mode, "seed": self.seed}
+        start = time.perf_counter()
         ptx_emulator.emulate(kernel, grid, *arguments, **options, **meta)
+        if self.record is not None:
+            took = {"kernel": kernel.fn.__name__, "seconds": round(time.perf_counter() - start, 3)}
+            self.record("launch", took | options | {"version": self.version or tritons()[0]})
 
     def triton_version(self) -> tuple[int, ...]:
         return tuple(int(n) for n in (self.version or next(iter(versions()))).split(".")[:2])

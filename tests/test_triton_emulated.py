@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,7 +94,9 @@ def of(case: dict, mode: str) -> dict:
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
-def test_a_layer_is_right_under_every_adversity(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_is_right_under_every_adversity(
+    case: dict, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
     if "old" in case["gpu"] and len(tritons()) < 2:
         pytest.skip("needs a second Triton: pip install --no-deps --target <environment>/triton-3.6.0 triton==3.6.0")
     if "pointers" in case["gpu"]:
@@ -136,7 +139,7 @@ def test_a_layer_is_right_under_every_adversity(case: dict, monkeypatch: pytest.
     exact = {name: None if t is None else t.double() for name, t in low.items()}
     results = []
     for mode in ("convergent", case["mode"]):
-        with emulation(**of(case, mode)) as how:
+        with emulation(**of(case, mode), record=record_property) as how:
             results.append(run(fused_call, low, dy.to(dtype), wanted))
     assert how.launches or (case["form"] == "core" and r > 128)  # that one is PyTorch's
     for name, plain, again in zip(("y", *wanted), *results, strict=True):

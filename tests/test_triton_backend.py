@@ -1,0 +1,272 @@
+"""The Triton backend's edges: when it refuses and says so, what it launches, and what it leaves to PyTorch."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+from emulated import Emulation, emulation
+from operands import RNG, cast, check, fused, operands, run
+from svdkern.triton_kernels import configs, launching, workspace
+
+from svdkern import svd_linear
+from svdkern.backends import dispatch, triton
+from svdkern.backends.philox import keep_mask, keep_scale, threshold_of
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SVDKERN_STRICT", "1")
+    dispatch.read_environment()
+    yield
+    monkeypatch.undo()
+    dispatch.read_environment()
+
+
+def layer(r: int = 4) -> dict[str, torch.Tensor | None]:
+    return cast(operands(5, 8, 6, r), torch.float32, (torch.float32,) * 3)
+
+
+def test_a_cpu_tensor_falls_back_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch.read_environment()
+    o = layer()
+    with caplog.at_level(logging.WARNING, "svdkern"):
+        y = fused(o, backend="triton")
+    assert "the triton backend was asked for a tensor on cpu" in caplog.text
+    assert torch.equal(y, fused(o, backend="eager"))
+
+
+@pytest.mark.usefixtures("strict")
+def test_strict_makes_a_fallback_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"SVDKERN_STRICT=1 and backend 'triton' cannot be used: .* tensor on cpu"):
+        fused(layer(), backend="triton")
+
+
+def cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "message"),
+    [
+        ((7, 5), torch.float16, r"Some GPU has compute capability 7\.5, the kernels need 8\.0"),
+        ((9, 0), torch.float64, r"the triton backend has no torch\.float64"),
+    ],
+)
+def test_parts_and_dtypes_that_it_does_not_serve(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, message: str
+) -> None:
+    reason = triton.why_not(cuda(monkeypatch, capability), dtype)
+    assert reason is not None
+    assert re.search(message, reason)
+
+
+def test_a_part_that_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert triton.why_not(cuda(monkeypatch, (8, 0)), torch.bfloat16) is None
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    triton.why_missing.cache_clear()
+    yield
+    triton.why_missing.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    reason = triton.why_not(cuda(monkeypatch, (9, 0)), torch.bfloat16)
+    assert reason is not None and reason.startswith("triton cannot be imported") and "pip install triton" in reason
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.4.0"))
+    assert triton.why_missing() == "triton is 3.4.0, the kernels need 3.6 or later"
+
+
+def test_a_rank_above_512_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    o = cast(operands(3, 600, 520, 513), torch.float32, (torch.float32,) * 3)
+    dispatch.read_environment()
+    with emulation() as how, caplog.at_level(logging.WARNING, "svdkern"):
+        y = fused(o, backend="triton")
+    assert how.launches == []
+    assert "r=513, the triton backend takes r up to 512" in caplog.text
+    assert torch.equal(y, fused(o, backend="eager"))
+
+
+def test_nothing_changes_on_a_gpu_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "why_not", lambda name, device, dtype: None)
+    assert dispatch._decide(None, torch.device("cuda", 0), torch.bfloat16).name == "eager"
+    assert dispatch._decide("triton", torch.device("cuda", 0), torch.bfloat16).name == "triton"
+
+
+# ----------------------------------------------------------------------------------------------------------- launches
+
+
+@pytest.fixture
+def emulated() -> Iterator[Emulation]:
+    with emulation() as how:
+        yield how
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize(
+    ("rows", "forward", "backward"),
+    [
+        (17, ["pack_kernel", "forward_kernel"], ["pack_kernel", "backward_kernel", "reduce_kernel"]),
+        (16, ["pack_kernel", "shrink_kernel", "linear_kernel"], ["pack_kernel", "backward_kernel", "reduce_kernel"]),
+    ],
+)
+def test_launches_of_a_layer(emulated: Emulation, rows: int, forward: list[str], backward: list[str]) -> None:
+    o = cast(operands(rows, 32, 48, 4), torch.bfloat16, (torch.float32,) * 3)
+    x = o["x"].requires_grad_()
+    u = o["u"].requires_grad_()
+    y = svd_linear(x, o["weight"], u, o["sigma"], o["v"], backend="triton")
+    assert emulated.launches == forward
+    emulated.launches.clear()
+    y.backward(torch.ones_like(y))
+    assert emulated.launches == backward
+
+
+@pytest.mark.emulator
+def test_gradients_that_nobody_wants_are_not_computed(emulated: Emulation) -> None:
+    o = cast(operands(20, 32, 48, 4), torch.bfloat16, (torch.float32,) * 3)
+    bias = o["bias"].requires_grad_()
+    y = svd_linear(o["x"], o["weight"], o["u"], o["sigma"], o["v"], bias, backend="triton")
+    emulated.launches.clear()
+    (db,) = torch.autograd.grad(y, bias, torch.ones_like(y))
+    assert torch.equal(db, torch.full_like(bias, 20))
+    assert emulated.launches == ["pack_kernel", "backward_kernel", "reduce_kernel"]
+
+
+@pytest.mark.emulator
+def test_no_rows_launch_nothing(emulated: Emulation) -> None:
+    o = cast(operands(0, 32, 48, 4), torch.bfloat16, (torch.float32,) * 3)
+    got = run(lambda leaves: fused(leaves, backend="triton"), o, torch.ones(0, 48), ("x", "u", "sigma", "v", "bias"))
+    assert emulated.launches == []
+    assert [tuple(g.shape) for g in got] == [(0, 48), (0, 32), (32, 4), (4,), (48, 4), (48,)]
+    assert all(not g.any() for g in got)
+
+
+@pytest.mark.emulator
+def test_everything_dropped_launches_nothing(emulated: Emulation) -> None:
+    o = cast(operands(20, 32, 48, 4), torch.float32, (torch.float32,) * 3)
+    y = fused(o, backend="triton", dropout_p=1.0)
+    assert emulated.launches == []
+    assert torch.equal(y, torch.nn.functional.linear(o["x"], o["weight"], o["bias"]))
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_float32(rows: int, arch: int) -> None:
+    with emulation(arch=arch):
+        check(
+            operands(rows, 40, 24, 20),
+            torch.randn(rows, 24),
+            "triton",
+            torch.float32,
+            (torch.float32,) * 3,
+            ("x", "u", "sigma", "v"),
+        )
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_branch_alone(rows: int) -> None:
+    with emulation():
+        o = operands(rows, 40, 24, 5, weight=False)
+        check(o, torch.randn(rows, 24), "triton", torch.bfloat16, (torch.float32,) * 3, ("x", "u", "v", "bias"))
+
+
+@pytest.mark.emulator
+def test_a_weight_in_columns_and_of_another_dtype() -> None:
+    o = operands(40, 48, 24, 5)
+    o["weight"] = o["weight"].t().contiguous().t()
+    with emulation():
+        check(o, torch.randn(40, 24), "triton", torch.bfloat16, (torch.float32,) * 3, ("x", "weight", "u"))
+    low = cast(o, torch.bfloat16, (torch.float32,) * 3)
+    with emulation():
+        y = fused(low | {"weight": low["weight"].float()}, backend="triton")
+        assert torch.equal(y, fused(low, backend="triton"))
+
+
+@pytest.mark.emulator
+def test_a_gradient_of_zero_stride() -> None:
+    """What y.sum().backward() sends: one number for all of dy."""
+    o = cast(operands(20, 32, 48, 4), torch.float32, (torch.float32,) * 3)
+    with emulation():
+        x = o["x"].requires_grad_()
+        svd_linear(x, o["weight"], o["u"], o["sigma"], o["v"], backend="triton").sum().backward()
+    expected = o["weight"].sum(0) + (o["v"].sum(0) * o["sigma"]) @ o["u"].t()
+    torch.testing.assert_close(x.grad, expected.expand(20, 32), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.emulator
+def test_dropout_bits_are_those_of_the_other_backends() -> None:
+    """u is the identity and x is ones: h is the mask, times its factor."""
+    rows, width, p = 37, 64, 0.25
+    eye = torch.eye(width)
+    weight = torch.zeros(width, width)
+    with emulation():
+        ones = torch.ones(rows, width)
+        y = svd_linear(ones, weight, eye, None, eye, dropout_p=p, rng_state=RNG, backend="triton")
+    threshold = threshold_of(p)
+    assert torch.equal(y != 0, keep_mask(rows, width, RNG, threshold))
+    assert sorted(y.unique().tolist()) == pytest.approx([0.0, keep_scale(threshold)])
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("seed", range(5))
+def test_one_workspace_serves_launch_after_launch(seed: int) -> None:
+    """Other x, other numbers of rows, one control block: the flags of an earlier launch are never believed."""
+    with emulation(mode="adversarial", seed=seed, ctas=5):
+        for rows in (300, 40, 300):
+            o = cast(operands(rows, 32, 40, 4), torch.bfloat16, (torch.float32,) * 3)
+            y = fused(o, backend="triton")
+            expected = fused({n: None if t is None else t.double() for n, t in o.items()}, backend="eager")
+            assert (y.double() - expected).abs().max() <= 0.01 * expected.abs().max()
+        (control,) = workspace._controls.values()
+        assert control[:3].tolist() == [0, 0, 3]
+
+
+# ------------------------------------------------------------------------------------------------------ configurations
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [16, 32, 64, 128, 256, 512])
+def test_every_configuration_is_one_the_kernels_can_take(arch: int, dtype: torch.dtype, rank: int) -> None:
+    training = configs.training(arch, dtype, rank)
+    assert rank % min(rank, training.RT) == 0
+    for config in (training, configs.decoding(arch, dtype, rank)):
+        assert all(n >= 16 and n & (n - 1) == 0 for n in (config.BM, config.BN, config.BK, config.BF, config.BD))
+    assert configs.decoding(arch, dtype, rank).BM >= configs.DECODE_M
+
+
+def test_which_wgmma_remedies_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    found = {}
+    for arch in (80, 90, 100):
+        for version in ((3, 6), (3, 9)):
+            monkeypatch.setattr(launching, "architecture", lambda _, arch=arch: arch)
+            monkeypatch.setattr(launching, "triton_version", lambda version=version: version)
+            found[arch, version] = launching.wgmma(device)
+    assert found == {
+        (80, (3, 6)): 0,
+        (80, (3, 9)): 0,
+        (90, (3, 6)): 2,
+        (90, (3, 9)): 1,
+        (100, (3, 6)): 0,
+        (100, (3, 9)): 0,
+    }
