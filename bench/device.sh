@@ -34,6 +34,7 @@ if [ -n "$REHEARSE" ]; then
   SHAPES="64x128x96x8 1x128x128x8"
   ACCURACY_SHAPES="16x64x48x4"
   SECONDS_A_GROUP=0.2
+  TRITON=""
   TESTS="tests/test_functional.py -k gates" # what needs a GPU cannot run here
 else
   DEVICE=cuda
@@ -42,6 +43,7 @@ else
           1024x1536x576x16 1x4096x4096x16 16x4096x4096x16 4x64x64x4"
   ACCURACY_SHAPES="512x1024x1024x16 512x1024x1024x128 4x4096x1024x16"
   SECONDS_A_GROUP=1.5
+  TRITON="svdkern-triton"
   TESTS="-m gpu"
 fi
 export BENCH_RESULTS="$PARTS/results" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -109,10 +111,11 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
   fi
   stage doctor 30 "$PYTHON" -m svdkern doctor
   stage tests 120 "$PYTHON" -m pytest -q $TESTS -p no:cacheprovider --junitxml="$PARTS/tests.xml"
-  stage accuracy 60 "$PYTHON" -m svdkern bench accuracy --device "$DEVICE" --shapes $ACCURACY_SHAPES
+  stage accuracy 60 "$PYTHON" -m svdkern bench accuracy --device "$DEVICE" --shapes $ACCURACY_SHAPES \
+    --providers eager addmm materialised peft_default peft_bf16 svdkern-eager $TRITON svdkern
   stage ceilings 30 "$PYTHON" -m svdkern bench ceilings --device "$DEVICE"
   stage linear 170 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes $SHAPES --seconds "$SECONDS_A_GROUP" \
-    --dtypes bf16 fp16 fp32 --providers frozen eager addmm peft_default peft_bf16 svdkern-eager svdkern
+    --dtypes bf16 fp16 fp32 --providers frozen eager addmm peft_default peft_bf16 svdkern-eager $TRITON svdkern
   stage memory 60 "$PYTHON" -m svdkern bench memory --device "$DEVICE" --dtypes bf16 --shapes ${SHAPES%% *}
   stage compile 60 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes ${SHAPES%% *} --dtypes bf16 \
     --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern --compile

@@ -25,6 +25,7 @@ TITLES = {
     "svdkern_bf16": "svdkern, the whole model in bf16",
     "svdkern-eager": "svdkern-eager",
     "svdkern-cpu": "svdkern-cpu",
+    "svdkern-triton": "svdkern-triton",
     "svdkern": "svdkern",
 }
 """Providers as they are called and in the order in which they are shown; others come first, under their own names."""

@@ -318,6 +318,12 @@ class SvdkernCpu(Svdkern):
     backend = "cpu"
 
 
+class SvdkernTriton(Svdkern):
+    """svdkern.svd_linear on its Triton backend."""
+
+    backend = "triton"
+
+
 PROVIDERS: Mapping[str, type[Provider]] = {
     FROZEN: Frozen,
     FROZEN_FP32: FrozenFp32,
@@ -330,6 +336,7 @@ PROVIDERS: Mapping[str, type[Provider]] = {
     "peft_bf16": PeftLow,
     "svdkern-eager": SvdkernEager,
     "svdkern-cpu": SvdkernCpu,
+    "svdkern-triton": SvdkernTriton,
     "svdkern": Svdkern,
 }
 

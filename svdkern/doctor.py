@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdkern.backends import choices, dispatch, extension, tuned
+from svdkern.backends import choices, dispatch, extension, triton, tuned
 from svdkern.backends.cpu import SMALL_M, SMALL_WORK, isa, kernels_win
 from svdkern.backends.table import Shape
 from svdkern.functional import svd_linear
@@ -85,6 +85,16 @@ def _compiled() -> list[str]:
     else:
         lines.append(f"  missing: {extension.why_missing}")
         lines.append("  every call takes the eager backend; reinstall with a C++ compiler and ninja to get the kernels")
+    missing = triton.why_missing()
+    lines.append("Triton kernels (NVIDIA GPUs, compute capability 8.0 and later)")
+    if missing is None:
+        lines.append("  can be imported; run from their PTX for sm_80 and sm_90 by the tests, compiled only for sm_100")
+        lines.append(
+            '  taken where a call names them (backend="triton", SVDKERN_BACKEND=triton); otherwise a GPU\'s call takes eager'
+        )
+    else:
+        lines.append(f"  missing: {missing}")
+    lines.append("settings")
     lines.append(f"  threads: {torch.get_num_threads()} (torch.set_num_threads)")
     asked = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     lines.append(f"  environment: {' '.join(asked) or 'nothing set'}")
@@ -157,13 +167,14 @@ def _self_test() -> tuple[list[str], bool]:
     lines, healthy = ["self-test against float64 (largest error of y and all gradients, in units of its bound)"], True
     for backend in dispatch.BACKENDS:
         for name, dtype in _DTYPES.items():
-            reason = dispatch.why_not(backend, torch.device("cpu"), dtype)
+            device = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+            reason = dispatch.why_not(backend, device, dtype)
             if reason is not None:
                 lines.append(f"  {backend:<8}{name:<10}skipped: {reason}")
                 continue
             for m in (3, 40):
                 try:
-                    ratio = _error_in_bounds(backend, name, m)
+                    ratio = _error_in_bounds(backend, name, m, device)
                 except (RuntimeError, TypeError, ValueError) as error:
                     lines.append(f"  {backend:<8}{name:<10}M={m:<4}FAILED: {error}".splitlines()[0])
                     healthy = False
@@ -173,13 +184,13 @@ def _self_test() -> tuple[list[str], bool]:
     return lines, healthy
 
 
-def _error_in_bounds(backend: str, dtype_name: str, m: int) -> float:
+def _error_in_bounds(backend: str, dtype_name: str, m: int, device: torch.device) -> float:
     """The largest norm-wise error over 2 roundoffs of the formula on absolute values."""
     k, n, r = 96, 80, 8
     dtype = _DTYPES[dtype_name]
     generator = torch.Generator().manual_seed(0)
     shapes = ((m, k), (n, k), (k, r), (r,), (n, r), (n,), (m, n))
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
 
     def results(cast: torch.dtype, backend: str | None, absolute: bool = False) -> list[Tensor]:
         x, weight, u, sigma, v, bias, dy = (t.to(cast).abs() if absolute else t.to(cast) for t in tensors)

@@ -202,7 +202,9 @@ def test_every_set_is_listed_once() -> None:
     assert {mode for _, _, mode in everything} == set(cases.MODES)
 
 
-RIVALS = sorted(set(PROVIDERS) - {"compile", "svdkern", "svdkern-eager", "svdkern-cpu", "frozen_svdkern"})
+RIVALS = sorted(
+    set(PROVIDERS) - {"compile", "svdkern", "svdkern-eager", "svdkern-cpu", "svdkern-triton", "frozen_svdkern"}
+)
 OURS = ["svdkern", "svdkern-cpu", "svdkern-eager", "frozen_svdkern"]
 
 

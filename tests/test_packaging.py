@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 def _copy(folder: Path) -> Path:
     copy = folder / "svdkern-source"
-    for name in ("svdkern", "csrc"):
+    for name in ("svdkern", "csrc", "triton_kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / name, copy / name)

@@ -1,6 +1,6 @@
 """The whole backward in one persistent launch and one small reduction, from dy (M, N) and the saved h (M, r).
 
-A super-group of HEIGHT row groups (BM rows each) has, in the order of its tickets,
+A super-group of HEIGHT row groups (BM rows each) has, in the order of its tickets (a piece of RT ranks each but for dx),
 
     p-tiles     p = dy V        t = s p * g        q = t * sigma | t R^T        z = s (h * sigma | h R) * g
                 q, z -> (M, R) in T, flag of the group; partial sums over the group's rows of
@@ -47,7 +47,8 @@ from .tiles import (
 
 @triton.jit
 def outer_tile(
-    a, stride_a, columns, L, q, R: tl.constexpr, rank, RT: tl.constexpr, first_row, last_row, part, partial, r, sums, rng_state, threshold, keep_scale,
+    a, stride_a, columns, L, q, R: tl.constexpr, rank, RT: tl.constexpr, first_row, last_row, part, partial, r, sums,
+    rng_state, threshold, keep_scale,
     BF: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
@@ -81,9 +82,10 @@ def outer_tile(
 
 @triton.jit(do_not_specialize=["M", "r", "threshold"])
 def backward_kernel(
-    control, dy, stride_dy, weight, stride_wn, stride_wk, M, N, K, dy_tma, w_tma, x, stride_x, u, v, stride_v, h, r, sigma, core, gate,
-    scale, dx, stride_dx, q, z, dsigma, dcore, dscale, dgate, du, dv, dbias, rng_state, threshold, keep_scale,
-    R: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr, BF: tl.constexpr,
+    control, dy, stride_dy, weight, stride_wn, stride_wk, M, N, K, dy_tma, w_tma, x, stride_x, u, v, stride_v, h, r,
+    sigma, core, gate, scale, dx, stride_dx, q, z, dsigma, dcore, dscale, dgate, du, dv, dbias, rng_state, threshold, keep_scale,
+    R: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr,
+    BF: tl.constexpr,
     BD: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, DROPOUT: tl.constexpr,
     BASE: tl.constexpr, WANT_P: tl.constexpr, WANT_X: tl.constexpr, WANT_U: tl.constexpr, WANT_SIGMA: tl.constexpr,
     WANT_V: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_SCALE: tl.constexpr, WANT_CORE: tl.constexpr,

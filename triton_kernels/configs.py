@@ -1,8 +1,8 @@
 """Tile sizes for (architecture, dtype, R, rows): what each kernel is launched with.
 
 BM, BN, BK: rows, columns and depth of a tile of the base product; RT: ranks of a tile with a factor; HEIGHT row groups of a
-super-group; BF, BD: columns and depth of dU- and dV-tiles. The defaults fit every part of sm_80 and later: accumulators within 255 registers a thread without
-spills, staged tiles within the part's shared memory (tests/test_triton_gates.py compiles each of them).
+super-group; BF, BD: columns and depth of dU- and dV-tiles. They fit the parts: no accumulator spills, and what is staged has
+room in shared memory (tests/test_triton_gates.py compiles them). Nothing here was measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def training(arch: int, dtype: torch.dtype, R: int) -> Config:
     if dtype == torch.float32:
         return Config(32, 64, 32, min(R, 32), 16, 64, 32, 4, 2)
     if R >= 128:
-        return Config(64, 128, 64, 128 if R == 128 and arch <= 90 else 64, 16, 64, 64, 8, 2 if arch < 90 and R > 128 else 3)
+        return Config(
+            64, 128, 64, 128 if R == 128 and arch <= 90 else 64, 16, 64, 64, 8, 2 if arch < 90 and R > 128 else 3
+        )
     if arch < 90:
         return Config(128, 128, 64, R, 8, 128, 64, 8, 3)
     return Config(128, 256 if arch == 90 and R <= 32 else 128, 64, R, 8, 64, 64 if arch == 90 else 32, 8, 3)

@@ -43,9 +43,9 @@ from .tiles import (
 def forward_kernel(
     control, x, stride_x, weight, stride_wn, stride_wk, M, N, K, x_tma, w_tma, u, stride_u, v, z, r, sigma, core, gate, scale, bias,
     y, stride_y, h_out, rng_state, threshold, keep_scale,
-    R: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr, KIND: tl.constexpr,
-    GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, SAVE_H: tl.constexpr, DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
+    R: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, SAVE_H: tl.constexpr,
+    DROPOUT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = y.dtype.element_ty
     PIECES: tl.constexpr = R // RT
@@ -69,7 +69,9 @@ def forward_kernel(
                 h *= keep_scale.to(tl.float32)
             if SAVE_H:
                 store_rows(h_out, h, rows, M, rank, r)
-            modulated = modulate(h, sigma, core, rank, r, False, KIND, T, PRECISION) * load_scale(scale, SCALE_ON_DEVICE)
+            modulated = modulate(h, sigma, core, rank, r, False, KIND, T, PRECISION) * load_scale(
+                scale, SCALE_ON_DEVICE
+            )
             if GATED:
                 modulated *= load_rows(gate, rows, M, rank, r)
             store_rows(z, modulated, rows, M, rank, R)

@@ -42,11 +42,12 @@ def triton_version() -> tuple[int, ...]:
 
 
 def wgmma(device: torch.device) -> int:
-    """What the kernels must do about wgmma (sm_90): 0 nothing, 1 and 2 keep masked operands out of staged loops, 2 fences.
+    """What the kernels must do about wgmma (sm_90): 0 nothing; 1 and 2 no staged loop with a left operand in registers; 2 fences.
 
-    Both were found by running the PTX. In a staged loop whose left operand is in registers (a masked tile, or one that is summed too), Triton
-    leaves up to three products in flight while it writes the registers and stages that they read. And before 3.7 it puts no
-    proxy fence between cp.async and the wgmma that reads what it brought (mended by triton-lang/triton pull request 9610).
+    Both were found by running the PTX. Where the left operand of a staged loop is in registers (a masked tile, or one that is
+    summed as well), Triton leaves up to three products in flight while it writes the registers and stages that they read.
+    Before 3.7 it puts no proxy fence between cp.async and the wgmma that reads what it brought (mended by triton-lang/triton
+    pull request 9610).
     """
     if architecture(device) != 90:
         return 0

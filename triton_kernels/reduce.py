@@ -41,7 +41,7 @@ def add_up(partial, parts, size, columns, out, row_stride, column_stride, block,
     tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "c0", "c1", "c2", "c3", "c4", "c5"])
+@triton.jit(do_not_specialize=[f"{name}{i}" for name in "nc" for i in range(6)])
 def reduce_kernel(
     p0, n0, s0, c0, o0, r0, t0, p1, n1, s1, c1, o1, r1, t1, p2, n2, s2, c2, o2, r2, t2,
     p3, n3, s3, c3, o3, r3, t3, p4, n4, s4, c4, o4, r4, t4, p5, n5, s5, c5, o5, r5, t5,

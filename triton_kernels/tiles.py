@@ -4,7 +4,8 @@
     modulate   h * sigma | h R, and backward t * sigma | t R^T
     keep       the dropout mask of a tile (Philox4x32, 7 rounds), the bits of svdkern.backends.philox
 
-r is padded to a power of two R >= 16: columns past r hold zeros. Tiles of products with a factor have RT of the R ranks. Accumulation is in fp32. T is the activations' dtype.
+r is padded to a power of two R >= 16: columns past r hold zeros. Tiles of products with a factor have RT of the R ranks.
+Accumulation is in fp32. T is the activations' dtype.
 """
 
 import triton
@@ -105,7 +106,9 @@ def kind(sigma: object, core: object) -> str:
 
 
 @triton.jit
-def modulate(h, sigma, core, rank, r, TRANSPOSED: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr):
+def modulate(
+    h, sigma, core, rank, r, TRANSPOSED: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr
+):
     """h * sigma (KIND "sigma"), h R or h R^T ("core": all ranks at once), h ("one"): before gate and scale."""
     if KIND == "sigma":
         return h * tl.load(sigma + rank, mask=rank < r, other=0.0).to(tl.float32)[None, :]
@@ -142,9 +145,9 @@ def keep(rows, column, rng_state, threshold, WIDTH: tl.constexpr):
 
 # --------------------------------------------------------------------------------------------------- tickets and flags
 #
-# control: int32 [ticket, done, epoch, flags], zeros at first; a row group has a flag for each of its PIECES = R / RT tiles. A tile depends only on tiles of lower
-# tickets, so what a CTA waits for is held by one that runs. The epoch is read from memory, not passed: a captured graph
-# that is replayed must not believe the flags of its last run.
+# control: int32 [ticket, done, epoch, flags], zeros at first; a row group has a flag for each of its PIECES = R / RT tiles. A
+# tile depends only on tiles of lower tickets, so what a CTA waits for is held by one that runs. The epoch is read from memory,
+# not passed: a captured graph that is replayed must not believe the flags of its last run.
 
 TICKET = tl.constexpr(0)
 DONE = tl.constexpr(1)

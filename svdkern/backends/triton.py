@@ -5,8 +5,8 @@
 
 Layer: like ``cpu``; the kernels are in ``triton_kernels``. It takes float32, bfloat16 and float16 activations, r up to 512,
 and any strides (an x or dy whose rows are not contiguous is copied). A weight of another dtype than x's is cast at every call.
-No tensor is read on the host, so calls can be captured in a CUDA graph once ``warmup`` has compiled them; a scale on the CPU is
-then the captured value.
+No tensor on the GPU is read on the host, so calls can be captured in a CUDA graph once one call has compiled the kernels (as the
+warm-up before a capture does); a scale that is on the CPU is then part of what is captured.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class TritonBackend(EagerBackend):
-    """Whole calls by the Triton kernels; PyTorch's operators where they cannot serve: no rows, everything dropped, r > 512, a large core."""
+    """Whole calls by the Triton kernels. PyTorch's operators: no rows, everything dropped, r > 512, a core of many ranks."""
 
     name = "triton"
 
@@ -173,8 +173,8 @@ class TritonBackend(EagerBackend):
             assert gate is not None
             dgate = gate_gradient(outs["gate"], gate, index)
         dx = as_shaped(outs["x"], dy) if want.x else None
-        found = (outs.get(name) for name in ("u", "sigma", "v", "bias", "scale", "core"))
-        return Gradients(dx, dweight, *found, dgate)
+        du, dsigma, dv, dbias, dscale, dcore = (outs.get(name) for name in ("u", "sigma", "v", "bias", "scale", "core"))
+        return Gradients(dx, dweight, du, dsigma, dv, dbias, dscale, dcore, dgate)
 
 
 def _core_is_large(core: Tensor | None, x: Tensor, r: int) -> bool:
