@@ -25,13 +25,17 @@ class Emulation:
     seed: int = 0
     ctas: int = 3  # what the kernels take for the number of processors
     record: Callable[[str, object], None] | None = None  # pytest's record_property
+    statistics: dict[str, ptx_emulator.Statistics] | None = None  # by kernel, where somebody counts
     launches: list[str] = field(default_factory=list)
 
     def launch(self, kernel, grid, *arguments, **meta):  # type: ignore[no-untyped-def]
         self.launches.append(kernel.fn.__name__)
         options = {"arch": self.arch, "version": self.version, "mode": self.mode, "seed": self.seed}
         start = time.perf_counter()
-        ptx_emulator.emulate(kernel, grid, *arguments, **options, **meta)
+        counts = None
+        if self.statistics is not None:
+            counts = self.statistics.setdefault(kernel.fn.__name__, ptx_emulator.Statistics())
+        ptx_emulator.emulate(kernel, grid, *arguments, statistics=counts, **options, **meta)
         if self.record is not None:
             took = {"kernel": kernel.fn.__name__, "seconds": round(time.perf_counter() - start, 3)}
             self.record("launch", took | options | {"version": self.version or tritons()[0]})

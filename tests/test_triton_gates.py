@@ -131,6 +131,31 @@ def test_kernels_fit_the_part_by_the_oldest_triton(arch: int, dtype: str, r: int
     check(arch, dtype, r, tritons()[1])
 
 
+@pytest.mark.parametrize("rows", [256, 16])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_memory_is_read_in_whole_sectors_and_without_bank_conflicts(arch: int, rows: int) -> None:
+    """Sectors of global memory beyond what the bytes need, and passes over shared memory that conflicts cost."""
+    o = cast(operands(rows, 256, 512, 16), torch.bfloat16, (torch.float32,) * 3)
+    statistics: dict = {}
+    with emulation(arch=arch, statistics=statistics):
+        run(
+            lambda leaves: fused(leaves, backend="triton"),
+            o,
+            torch.randn(rows, 512).bfloat16(),
+            ("x", "u", "sigma", "v"),
+        )
+    allowed, seen = budgets(), {}
+    for name, counts in statistics.items():
+        key = f"{name} sm_{arch} bf16 r=16 rows={rows}"
+        seen[key] = {"wasted sectors": counts.wasted_sectors(), "bank conflicts": counts.conflicts()}
+        if not WRITE:
+            assert key in allowed, f"{key} has no budget: run with SVDKERN_WRITE_BUDGETS=1 and look at what it writes"
+            for what, most in allowed[key].items():
+                assert seen[key][what] <= most, f"{key}: {what} {seen[key][what]}, at most {most}"
+    if WRITE:
+        BUDGETS.write_text(json.dumps(dict(sorted((allowed | seen).items())), indent=1) + "\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("version", tritons())
 @pytest.mark.parametrize(("arch", "dtype", "r"), ALL)

@@ -80,7 +80,7 @@ def outer_tile(
         tl.store(sums + part.to(tl.int64) * L + columns + offsets, total, mask=columns + offsets < L)
 
 
-@triton.jit(do_not_specialize=["M", "r", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def backward_kernel(
     control, dy, stride_dy, weight, stride_wn, stride_wk, M, N, K, dy_tma, w_tma, x, stride_x, u, v, stride_v, h, r,
     sigma, core, gate, scale, dx, stride_dx, q, z, dsigma, dcore, dscale, dgate, du, dv, dbias, rng_state, threshold, keep_scale,

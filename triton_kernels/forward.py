@@ -39,7 +39,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "r", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def forward_kernel(
     control, x, stride_x, weight, stride_wn, stride_wk, M, N, K, x_tma, w_tma, u, stride_u, v, z, r, sigma, core, gate, scale, bias,
     y, stride_y, h_out, rng_state, threshold, keep_scale,

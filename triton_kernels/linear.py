@@ -40,7 +40,7 @@ def adapter_rows(
     return h, z
 
 
-@triton.jit(do_not_specialize=["M", "r", "threshold", "splits"])
+@triton.jit(do_not_specialize=["M", "threshold", "splits"])
 def linear_kernel(
     a, stride_a, M, K, weight, stride_wk, stride_wn, N, partial, splits, factor, r, sigma, core, gate, scale, bias,
     y, stride_y, h_out, rng_state, threshold, keep_scale,

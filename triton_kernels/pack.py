@@ -28,7 +28,7 @@ def pack_tile(
     tl.store(to, values.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["r"])
+@triton.jit
 def pack_kernel(
     first, first_row, first_rank, L0, first_out, first_out_row, first_out_rank,
     second, second_row, second_rank, L1, second_out, second_out_row, second_out_rank,

@@ -16,7 +16,7 @@ from . import launching
 from .tiles import product, store_rows
 
 
-@triton.jit(do_not_specialize=["M", "r", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def shrink_kernel(
     a, stride_a, M, K, factor, stride_factor, r, out, rng_state, threshold, keep_scale, per_split,
     R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,

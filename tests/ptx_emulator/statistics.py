@@ -19,9 +19,10 @@ class Access:
     text: str
     times: int = 0  # warps that executed it
     bytes: int = 0
-    sectors: int = 0  # global
-    least: int = 0  # sectors (global) or passes (shared) that the same bytes need at best
-    passes: int = 0  # shared
+    sectors: int = 0  # of global memory
+    least_sectors: int = 0  # that the same bytes need at best
+    passes: int = 0  # over shared memory
+    least_passes: int = 0  # without bank conflicts
 
 
 @dataclass
@@ -42,11 +43,11 @@ class Statistics:
                 phase = max(1, 128 // size)
                 for begin in range(0, len(mine), phase):
                     entry.passes += self._passes(mine[begin : begin + phase], size)
-                    entry.least += 1
+                    entry.least_passes += 1
             else:
                 touched = np.unique((mine[:, None] + np.arange(0, size, min(size, 32))) // 32)
                 entry.sectors += len(touched)
-                entry.least += -(-len(np.unique(mine)) * size // 32)
+                entry.least_sectors += -(-len(np.unique(mine)) * size // 32)
 
     @staticmethod
     def _passes(address: np.ndarray, size: int) -> int:
@@ -58,7 +59,7 @@ class Statistics:
         entry = self._of(ins)
         entry.times += at.shape[0]
         entry.bytes += at.size * 16
-        entry.least += at.shape[0] * at.shape[1]
+        entry.least_passes += at.shape[0] * at.shape[1]
         for matrix in at.reshape(-1, 8):
             entry.passes += self._passes(matrix, 16)
 
@@ -67,9 +68,10 @@ class Statistics:
         entry.times += 1
         entry.bytes += size
 
-    def uncoalesced(self, factor: float = 1.0) -> list[Access]:
-        """Global accesses that touch more than `factor` times the sectors that their bytes need."""
-        return [a for a in self.accesses.values() if a.sectors > factor * a.least]
+    def wasted_sectors(self) -> int:
+        """Sectors of global memory that were moved beyond what the bytes needed."""
+        return sum(max(a.sectors - a.least_sectors, 0) for a in self.accesses.values())
 
-    def conflicts(self) -> list[Access]:
-        return [a for a in self.accesses.values() if a.passes > a.least]
+    def conflicts(self) -> int:
+        """Passes over shared memory that bank conflicts cost."""
+        return sum(a.passes - a.least_passes for a in self.accesses.values())
