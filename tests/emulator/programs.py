@@ -94,22 +94,27 @@ def lanes(body: str, *inputs: Any, out: Any = np.uint32, **launch: Any) -> np.nd
         size = array.itemsize
         lines.append(f".reg .b{8 * size} %{name};")
         lines.append(f"mad.wide.u32 %at, %n, {size}, %d{i};")
-        lines.append(
-            f"ld.global.b{8 * size} %{name}, [%at];" if name != "o" else f"{body}\nst.global.b{8 * size} [%at], %o;"
-        )
+        if name == "o":
+            lines.append(f"{body}\nst.global.b{8 * size} [%at], %o;")
+        else:
+            lines.append(f"ld.global.b{8 * size} %{name}, [%at];")
     run("\n".join(lines), *arrays, threads=threads, grid=((count + padded) // threads,), **launch)
     return arrays[-1][:count]
+
+
+def zeros(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Begins at a multiple of 128 bytes, as memory of a GPU does."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 128, np.uint8)
+    start = -memory.ctypes.data % 128
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def random_bits(count: int, kind: Any = np.uint32, seed: int = 0) -> np.ndarray:
     """Patterns of all magnitudes: as integers they have few or many bits, as floats every class appears."""
     rng = np.random.default_rng(seed)
     bits = 8 * np.dtype(kind).itemsize
-    values = (
-        rng.integers(0, 1 << bits, count, np.uint64, endpoint=False)
-        if bits < 64
-        else rng.integers(0, 2**64, count, np.uint64)
-    )
+    values = rng.integers(0, 2**bits, count, np.uint64)
     values >>= rng.integers(0, bits, count).astype(np.uint64) * rng.integers(0, 2, count).astype(np.uint64)
     unsigned = values.astype(f"u{bits // 8}")
     special = [0, 1, (1 << bits) - 1, 1 << (bits - 1), (1 << (bits - 1)) - 1, (1 << (bits - 1)) + 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from programs import run
+from programs import run, zeros
 from ptx_emulator import TensorMap
 from ptx_emulator.errors import (
     BadAddress,
@@ -119,13 +119,11 @@ def tensor_map(array: np.ndarray, box: tuple[int, ...], swizzle: int = 0) -> Ten
     return TensorMap(array.ctypes.data, array.itemsize, array.shape[::-1], strides, box[::-1], swizzle)
 
 
-def aligned(shape: tuple[int, ...], dtype: type = np.uint16) -> np.ndarray:
-    """Filled with 1, 2, ...; begins at a multiple of 64 bytes, as a tensor does."""
-    count = int(np.prod(shape))
-    whole = np.zeros(count + 64, dtype)
-    start = -whole.ctypes.data % 64 // whole.itemsize
-    whole[start : start + count] = np.arange(1, count + 1)
-    return whole[start : start + count].reshape(shape)
+def counted(shape: tuple[int, ...], dtype: type = np.uint16) -> np.ndarray:
+    """Filled with 1, 2, ..."""
+    array = zeros(shape, dtype)
+    array[...] = np.arange(1, array.size + 1).reshape(shape)
+    return array
 
 
 @pytest.mark.parametrize(
@@ -191,7 +189,7 @@ def cut(array: np.ndarray, box: tuple[int, ...], corner: tuple[int, ...]) -> np.
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("corner", [(0, 0), (4, 8), (-3, 0), (0, -5), (9, 30), (-1, 28), (10, 0), (0, 40), (-20, -20)])
 def test_loads_fill_with_zeros_outside(corner: tuple[int, int], mode: str) -> None:
-    array = aligned((10, 40))
+    array = counted((10, 40))
     assert np.array_equal(load(array, (8, 16), corner, mode=mode), cut(array, (8, 16), corner))
 
 
@@ -200,20 +198,20 @@ def test_loads_fill_with_zeros_outside(corner: tuple[int, int], mode: str) -> No
     [((100,), (32,), (90,)), ((4, 6, 16), (2, 3, 8), (3, -1, 8)), ((2, 3, 4, 8), (2, 2, 2, 8), (1, 2, -1, 0))],
 )
 def test_ranks(shape: tuple[int, ...], box: tuple[int, ...], corner: tuple[int, ...]) -> None:
-    array = aligned(shape)
+    array = counted(shape)
     assert np.array_equal(load(array, box, corner), cut(array, box, corner))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
 def test_elements_of_every_size(dtype: type) -> None:
-    array = aligned((8, 32), dtype)
+    array = counted((8, 32), dtype)
     assert np.array_equal(load(array, (4, 16), (5, 20)), cut(array, (4, 16), (5, 20)))
 
 
 @pytest.mark.parametrize(("swizzle", "width"), [(1, 32), (2, 64), (3, 128)])
 def test_swizzles(swizzle: int, width: int) -> None:
     """16-byte chunk c of row r lies in chunk c xor r (of lines of 128 bytes), modulo as many as a row has."""
-    array = aligned((20, width // 2))
+    array = counted((20, width // 2))
     got = load(array, (16, width // 2), (0, 0), swizzle)
     rows = got.reshape(16, width // 16, 8)
     for r in range(16):
@@ -224,7 +222,7 @@ def test_swizzles(swizzle: int, width: int) -> None:
 
 @pytest.mark.parametrize("mode", ["convergent", "late"])
 def test_too_many_bytes_expected_never_end_and_too_few_end_too_early(mode: str) -> None:
-    array = aligned((8, 16))
+    array = counted((8, 16))
     with pytest.raises(EndlessLoop):
         load(array, (8, 16), (0, 0), expect=512, mode=mode, budget=3000)
     with pytest.raises(EndlessLoop):
@@ -232,7 +230,7 @@ def test_too_many_bytes_expected_never_end_and_too_few_end_too_early(mode: str) 
 
 
 def test_reading_before_the_wait() -> None:
-    array, box = aligned((8, 16)), (8, 16)
+    array, box = counted((8, 16)), (8, 16)
     body = (
         LOAD.format(expect=256, rank=2, coordinates="{0, 0}").split("WAIT:")[0] + "bar.sync 0;" + OUT.format(bytes=256)
     )
@@ -241,7 +239,7 @@ def test_reading_before_the_wait() -> None:
 
 
 def test_loads_are_checked() -> None:
-    array = aligned((64, 64))
+    array = counted((64, 64))
     with pytest.raises(BadAddress, match="not a multiple of 128"):
         body = LOAD.format(expect=256, rank=2, coordinates="{0, 0}").replace(
             "mov.b32 %r3, tile;", "mov.b32 %r3, tile; add.u32 %r3, %r3, 64;"
@@ -278,7 +276,7 @@ ORDER = PROXY + "bar.sync 0;"
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("corner", [(0, 0), (4, 8), (-3, 0), (0, -5), (9, 30), (-20, 0)])
 def test_stores_write_inside_only(corner: tuple[int, int], mode: str) -> None:
-    array, box = aligned((10, 40)), aligned((16, 16)) + np.uint16(1000)
+    array, box = counted((10, 40)), counted((16, 16)) + np.uint16(1000)
     want = array.copy()
     for index in np.ndindex(16, 16):
         at = corner[0] + index[0], corner[1] + index[1]
@@ -292,7 +290,7 @@ def test_stores_write_inside_only(corner: tuple[int, int], mode: str) -> None:
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
 def test_a_load_and_a_store_undo_each_other(swizzle: int) -> None:
     width = {0: 64, 1: 16, 2: 32, 3: 64}[swizzle]
-    source, target = aligned((8, width)), aligned((8, width))
+    source, target = counted((8, width)), counted((8, width))
     target[:] = 0
     body = (
         LOAD.format(expect=16 * width, rank=2, coordinates="{0, 0}")
@@ -318,14 +316,14 @@ def test_a_load_and_a_store_undo_each_other(swizzle: int) -> None:
     ids=["no fence", "no wait", "source overwritten"],
 )
 def test_stores_are_ordered(order: str, wait: str, error: type[PtxError]) -> None:
-    array, box = aligned((16, 16)), aligned((16, 16))
+    array, box = counted((16, 16)), counted((16, 16))
     body = STORE.format(order=order, wait=wait, coordinates="{0, 0}")
     with pytest.raises(error):
         run(body, tensor_map(array, (16, 16)), box, declared=BARRIER, mode="late")
 
 
 def test_a_store_without_a_barrier_races() -> None:
-    array, box = aligned((32, 16)), aligned((32, 16))
+    array, box = counted((32, 16)), counted((32, 16))
     body = STORE.format(order=PROXY, wait=WAIT, coordinates="{0, 0}")
     with pytest.raises(Race):
         run(body, tensor_map(array, (32, 16)), box, threads=64, declared=BARRIER, mode="race")

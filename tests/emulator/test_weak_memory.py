@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from programs import run
+from programs import run, zeros
 from ptx_emulator import TensorMap
 from ptx_emulator.errors import EndlessLoop
 
@@ -193,9 +193,7 @@ BY_TENSOR_COPY = """
 def test_a_tensor_copy_sees_what_a_proxy_fence_of_global_memory_lets_it(fence: str) -> None:
     whole = []
     for seed in SEEDS:
-        data = np.zeros(128, np.uint32)
-        data = data[-(data.ctypes.data // 4) % 16 :][:64]  # a tensor map begins at a multiple of 16 bytes
-        flag, out = np.zeros(1, np.uint32), np.zeros(64, np.uint32)
+        data, flag, out = zeros(64, np.uint32), np.zeros(1, np.uint32), np.zeros(64, np.uint32)
         map_ = TensorMap(data.ctypes.data, 4, (64,), (), (64,))
         declared = ".shared .align 8 .b64 bar;\n.shared .align 128 .b8 tile[256];"
         run(BY_TENSOR_COPY.format(fence=fence), data, flag, out, map_, threads=64, grid=(2,), resident=2, mode="adversarial",

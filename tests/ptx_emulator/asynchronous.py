@@ -18,7 +18,7 @@ from .parse import Instruction
 class InFlight:
     """Watches shared memory: which bytes pending operations read or write."""
 
-    sees_atomics = True
+    sees_atomics = sees_async = True
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -50,7 +50,7 @@ class Proxies:
     A fence covers what its own warp wrote, and what a CTA barrier has ordered before it.
     """
 
-    sees_atomics = True
+    sees_atomics, sees_async = True, False
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -309,9 +309,9 @@ class Products:
         for pending in self.pending[warp]:
             if not set(sources).isdisjoint(pending.registers):
                 raise StillInFlight(f"A is in accumulators that nobody waited for: {pending.text}")
+        machine.shared.watch("read", where, np.full(len(where), warp))
         machine.shared.check_written(where)
         machine.proxies.check(where, "wgmma")
-        machine.shared.watch("read", where, np.full(len(where), warp))
         if machine.late or machine.races is not None:
             busy = {*registers, *sources}
             self.pending[warp].append(Pending(product, registers, busy, where, int(self.committed[warp]), text))

@@ -6,7 +6,7 @@ completes on; a store reads its source only when its group is waited for.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -74,12 +74,14 @@ class Mbarrier:
     phase: int = 0
     clock: np.ndarray | None = None  # what those know who arrived (race.py)
     clock_of_last: np.ndarray | None = None
-    loads: list | None = None
+    loads: list = field(default_factory=list)  # that have still to land
+    asked: set[int] = field(default_factory=set)  # warps that have tested this phase
 
     def settle(self) -> None:
         if self.pending == 0 and self.bytes == 0:
             self.phase, self.pending = self.phase ^ 1, self.count
             self.clock_of_last, self.clock = self.clock, None
+            self.asked.clear()
 
 
 class Barriers:
@@ -103,7 +105,7 @@ class Barriers:
             raise PtxError(f"mbarrier of {count} arrivals")
         where = self.machine.shared.locate(np.array([address]), 8, np.array([warp]))
         self.machine.shared.written[where[:, None] + np.arange(8)] = False  # opaque: no other instruction may look
-        self.all[slot, address] = Mbarrier(count, count, loads=[])
+        self.all[slot, address] = Mbarrier(count, count)
 
     def arrive(self, slot: int, address: int, warp: int, arrivals: int = 1, expected: int = 0) -> None:
         barrier = self.find(slot, address)
@@ -120,7 +122,11 @@ class Barriers:
         barrier.settle()
 
     def test(self, slot: int, address: int, parity: int, warp: int) -> bool:
+        """Loads land no sooner than at a warp's second question, so that who does not look at the answer is found out."""
         barrier = self.find(slot, address)
+        if barrier.phase == parity and barrier.loads and warp not in barrier.asked:
+            barrier.asked.add(warp)
+            return False
         while barrier.phase == parity and barrier.loads:
             barrier.loads.pop(int(self.machine.rng.integers(len(barrier.loads))))()
         done = barrier.phase != parity
@@ -158,6 +164,7 @@ def _mbarrier(machine: Machine, ins: Instruction):
         where = np.where(where >= SHARED_WINDOW, where - SHARED_WINDOW, where)
         numbers = [np.broadcast_to(r(rows), shape) for r in reads]
         result = np.zeros(shape, np.bool_)
+        answers: dict[tuple[int, int, int], bool] = {}  # the lanes of a warp ask together
         for k, lane in _each(machine, rows, mask):
             warp, place = int(warps[k]), int(where[k, lane])
             slot = int(machine.slot_of[warp])
@@ -170,7 +177,10 @@ def _mbarrier(machine: Machine, ins: Instruction):
                 barriers.find(slot, place)
                 del barriers.all[slot, place]
             elif waits:
-                result[k, lane] = barriers.test(slot, place, first & 1, warp)
+                question = warp, place, first & 1
+                if question not in answers:
+                    answers[question] = barriers.test(slot, place, first & 1, warp)
+                result[k, lane] = answers[question]
             elif verb == "expect_tx":
                 barriers.find(slot, place).bytes += first
             elif verb == "arrive" and "expect_tx" in ins.parts:
@@ -308,7 +318,7 @@ def _tensor_load(machine: Machine, ins: Instruction):
             mbarrier = machine.barriers.find(slot, int(barriers[k, lane]))
             bytes_ = where[:, None] + np.arange(map_.element)
             with blaming(lambda _, i=i: i):
-                machine.shared.watch("write", bytes_, np.full(len(where), warp))
+                machine.shared.watch("write", bytes_, np.full(len(where), warp), generic=False)
             if machine.statistics is not None:
                 machine.statistics.bulk(ins, map_.bytes)
 

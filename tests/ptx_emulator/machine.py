@@ -322,6 +322,8 @@ class Machine:
         while True:
             step = self.program[pc]
             self.steps += 1
+            if self.statistics is not None:
+                self.statistics.instructions[step.instruction.parts[0]] += len(lanes)
             mask = whole
             if step.guard is not None:
                 guard = step.guard[rows]

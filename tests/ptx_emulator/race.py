@@ -12,7 +12,7 @@ from .machine import Machine
 
 
 class RaceDetector:
-    sees_atomics = False
+    sees_atomics, sees_async = False, True
 
     def __init__(self, machine: Machine):
         self.machine = machine

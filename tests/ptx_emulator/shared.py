@@ -2,7 +2,8 @@
 
 Watchers see each access: `watcher.read(where, warps)` and `watcher.write(where, warps)`, with `where` (accesses, bytes)
 as byte offsets into all slots' memory; they raise when the access is wrong (race.py, asynchronous.py). Atomics cannot
-race each other, so that the race detector, and only it, does not see them (`sees_atomics`).
+race each other, so that the race detector does not see them; what the asynchronous proxy does is nothing that a proxy
+fence must cover, so that the watcher of these does not see it (`sees_atomics`, `sees_async`).
 """
 
 from collections.abc import Callable
@@ -23,10 +24,12 @@ class SharedMemory:
         self.watchers: list = []
         self.after_store: Callable[[np.ndarray, np.ndarray], None] | None = None  # takes the bytes' places and values
 
-    def watch(self, verb: str, where: np.ndarray, warps: np.ndarray, atomic: bool = False) -> None:
-        """Show an access ("read" or "write") to the watchers."""
+    def watch(
+        self, verb: str, where: np.ndarray, warps: np.ndarray, atomic: bool = False, generic: bool = True
+    ) -> None:
+        """Show an access ("read" or "write") to the watchers; generic: by that proxy, not by the asynchronous one."""
         for watcher in self.watchers:
-            if watcher.sees_atomics or not atomic:
+            if (watcher.sees_atomics or not atomic) and (watcher.sees_async or generic):
                 getattr(watcher, verb)(where, warps)
 
     def start(self, slot: int) -> None:

@@ -27,7 +27,7 @@ class Access:
 
 @dataclass
 class Statistics:
-    instructions: Counter = field(default_factory=Counter)
+    instructions: Counter = field(default_factory=Counter)  # by their first part, one for each warp
     accesses: dict[int, Access] = field(default_factory=dict)  # by PTX line
 
     def _of(self, ins: Instruction) -> Access:
