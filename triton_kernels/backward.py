@@ -85,14 +85,12 @@ def backward_kernel(
     control, dy, stride_dy, weight, stride_wn, stride_wk, M, N, K, dy_tma, w_tma, x, stride_x, u, v, stride_v, h, r,
     sigma, core, gate, scale, dx, stride_dx, q, z, dsigma, dcore, dscale, dgate, du, dv, dbias, rng_state, threshold, keep_scale,
     R: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr,
-    BF: tl.constexpr,
-    BD: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, DROPOUT: tl.constexpr,
-    BASE: tl.constexpr, WANT_P: tl.constexpr, WANT_X: tl.constexpr, WANT_U: tl.constexpr, WANT_SIGMA: tl.constexpr,
-    WANT_V: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_SCALE: tl.constexpr, WANT_CORE: tl.constexpr,
+    BF: tl.constexpr, BD: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
+    DROPOUT: tl.constexpr, BASE: tl.constexpr, WANT_P: tl.constexpr, WANT_X: tl.constexpr, WANT_U: tl.constexpr,
+    WANT_SIGMA: tl.constexpr, WANT_V: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_SCALE: tl.constexpr, WANT_CORE: tl.constexpr,
     WANT_GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = dy.dtype.element_ty
-    NEEDS_Z: tl.constexpr = WANT_V
     NEEDS_H: tl.constexpr = WANT_V or WANT_SIGMA or WANT_SCALE or WANT_CORE or WANT_GATE
     PIECES: tl.constexpr = R // RT
     tl.static_assert(PIECES == 1 or KIND != "core")
@@ -121,7 +119,7 @@ def backward_kernel(
                 modulated = modulate(hidden, sigma, core, rank, r, False, KIND, T, PRECISION)
             if GATED:
                 g = load_rows(gate, rows, M, rank, r)
-            if NEEDS_Z:
+            if WANT_V:
                 gated = modulated * s
                 if GATED:
                     gated *= g
