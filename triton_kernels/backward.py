@@ -74,7 +74,7 @@ def outer_tile(
             acc = tl.dot(tl.trans(tile), right, acc, input_precision=PRECISION)
     if PRODUCT:
         if DROPOUT:
-            acc *= keep_scale.to(tl.float32)
+            acc *= keep_scale
         store_rows(partial + part.to(tl.int64) * L * r, acc, columns + offsets, L, rank, r)
     if SUM:
         tl.store(sums + part.to(tl.int64) * L + columns + offsets, total, mask=columns + offsets < L)
@@ -156,7 +156,7 @@ def backward_kernel(
                 if DROPOUT:  # the mask falls on the adapter's part alone
                     consume_all(control, group, 1, epoch, PIECES)
                     acc = adapter_step(acc, q, rows, M, u, columns, K, R, RT, PRECISION)
-                    acc = tl.where(keep(rows, column, rng_state, threshold, BN), acc * keep_scale.to(tl.float32), 0.0)
+                    acc = tl.where(keep(rows, column, rng_state, threshold, BN), acc * keep_scale, 0.0)
                 if BASE:
                     if TMA:
                         acc = product_tma(acc, dy_tma, group * BM, w_tma, column, N, BK, False, PRECISION)

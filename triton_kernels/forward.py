@@ -66,7 +66,7 @@ def forward_kernel(
                 rng_state, threshold, BK, DROPOUT, PRECISION, WGMMA,
             )  # fmt: skip
             if DROPOUT:
-                h *= keep_scale.to(tl.float32)
+                h *= keep_scale
             if SAVE_H:
                 store_rows(h_out, h, rows, M, rank, r)
             modulated = modulate(h, sigma, core, rank, r, False, KIND, T, PRECISION) * load_scale(

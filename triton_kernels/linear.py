@@ -27,8 +27,9 @@ def adapter_rows(
     """(h, z) of a tile of rows, from the partial sums of h (or, backward, (p, q) from those of p)."""
     rank = tl.arange(0, R)
     h = load_rows(partial, rows, M, rank, r)
-    for split in range(1, splits):
-        h += load_rows(partial + split.to(tl.int64) * M * r, rows, M, rank, r)
+    for _ in range(1, splits):
+        partial += tl.cast(M, tl.int64) * r
+        h += load_rows(partial, rows, M, rank, r)
     if BACKWARD:
         t = h * s
         if GATED:
@@ -64,7 +65,7 @@ def linear_kernel(
         acc = tl.dot(z.to(T), f, acc, input_precision=PRECISION)
         if DROPOUT:
             kept = keep(rows, tl.program_id(0) * BN, rng_state, threshold, BN)
-            acc = tl.where(kept, acc * keep_scale.to(tl.float32), 0.0)
+            acc = tl.where(kept, acc * keep_scale, 0.0)
     if BASE:
         acc = product(
             acc,

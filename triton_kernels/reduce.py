@@ -35,8 +35,10 @@ def add_up(partial, parts, size, columns, out, row_stride, column_stride, block,
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        total += tl.load(partial + part.to(tl.int64) * size + at, mask=inside, other=0.0)
+    from_ = partial + at
+    for _ in range(parts):
+        total += tl.load(from_, mask=inside, other=0.0)
+        from_ += size
     to = out + (at // columns).to(tl.int64) * row_stride + (at % columns).to(tl.int64) * column_stride
     tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 

@@ -29,7 +29,7 @@ def shrink_kernel(
         first, tl.minimum(first + per_split, K), rng_state, threshold, BK, DROPOUT, PRECISION, WGMMA,
     )  # fmt: skip
     if DROPOUT:
-        h *= keep_scale.to(tl.float32)
+        h *= keep_scale
     store_rows(out + split.to(tl.int64) * M * r, h, rows, M, tl.arange(0, R), r)
 
 

@@ -77,7 +77,7 @@ def adapter_step(acc, z, rows, M, factor, columns, N, R: tl.constexpr, RT: tl.co
 def load_scale(scale, ON_DEVICE: tl.constexpr):
     if ON_DEVICE:
         return tl.load(scale).to(tl.float32)
-    return scale.to(tl.float32)
+    return scale
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def keep(rows, column, rng_state, threshold, WIDTH: tl.constexpr):
     # half j % 2 (low first) of word j // 2 is column j: interleaving puts x0 y0 x1 y1 ... side by side
     low = tl.interleave(tl.interleave(c0 & 0xFFFF, c2 & 0xFFFF), tl.interleave(c1 & 0xFFFF, c3 & 0xFFFF))
     high = tl.interleave(tl.interleave(c0 >> 16, c2 >> 16), tl.interleave(c1 >> 16, c3 >> 16))
-    return tl.interleave(low, high) >= threshold.to(tl.uint32)
+    return tl.interleave(low, high) >= threshold
 
 
 # --------------------------------------------------------------------------------------------------- tickets and flags
