@@ -9,10 +9,21 @@ from dataclasses import dataclass, field
 
 import ptx_emulator
 import pytest
+import torch
 from ptx_emulator.compile import versions
 from svdkern.triton_kernels import launching, workspace
 
 from svdkern.backends import dispatch
+
+OUTPUTS = {
+    "pack_kernel": ("first_out", "second_out"),
+    "shrink_kernel": ("out",),
+    "linear_kernel": ("y", "h_out"),
+    "forward_kernel": ("y", "h_out"),
+    "backward_kernel": ("dx", "dsigma", "dcore", "dscale", "dgate", "du", "dv", "dbias"),
+    "reduce_kernel": tuple(f"o{i}" for i in range(6)),
+}
+BETWEEN = ("control", "z", "q")  # written and read by tiles of one launch; everything else is read alone
 
 
 @dataclass
@@ -30,15 +41,20 @@ class Emulation:
 
     def launch(self, kernel, grid, *arguments, **meta):  # type: ignore[no-untyped-def]
         self.launches.append(kernel.fn.__name__)
-        options = {"arch": self.arch, "version": self.version, "mode": self.mode, "seed": self.seed}
+        options: dict = {"arch": self.arch, "version": self.version, "mode": self.mode, "seed": self.seed}
         start = time.perf_counter()
         counts = None
         if self.statistics is not None:
             counts = self.statistics.setdefault(kernel.fn.__name__, ptx_emulator.Statistics())
+        tensors = {p.name: t for p, t in zip(kernel.params, arguments, strict=False) if isinstance(t, torch.Tensor)}
+        outputs = OUTPUTS[kernel.fn.__name__]
+        options["write_only"] = [t for name, t in tensors.items() if name in outputs]
+        options["read_only"] = [t for name, t in tensors.items() if name not in (*outputs, *BETWEEN)]
         ptx_emulator.emulate(kernel, grid, *arguments, statistics=counts, **options, **meta)
         if self.record is not None:
             took = {"kernel": kernel.fn.__name__, "seconds": round(time.perf_counter() - start, 3)}
-            self.record("launch", took | options | {"version": self.version or tritons()[0]})
+            how = {"arch": self.arch, "triton": self.version or tritons()[0], "mode": self.mode, "seed": self.seed}
+            self.record("launch", took | how)
 
     def triton_version(self) -> tuple[int, ...]:
         return tuple(int(n) for n in (self.version or next(iter(versions()))).split(".")[:2])

@@ -81,6 +81,7 @@ def emulate(
     seed: int = 0,
     resident: int | None = None,
     read_only: Sequence[torch.Tensor] = (),
+    write_only: Sequence[torch.Tensor] = (),
     statistics: Any = None,
     budget: int = 3_000_000,
     **meta: Any,
@@ -97,6 +98,7 @@ def emulate(
         seed=seed,
         resident=resident,
         read_only=read_only,
+        write_only=write_only,
         statistics=statistics,
         budget=budget,
     )

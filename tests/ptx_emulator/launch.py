@@ -42,13 +42,15 @@ def run_ptx(
     seed: int = 0,
     resident: int | None = None,
     read_only: Sequence[torch.Tensor] = (),
+    write_only: Sequence[torch.Tensor] = (),
     statistics: Statistics | None = None,
     budget: int = 3_000_000,
 ) -> Machine:
     """Launch a kernel of `threads` threads a CTA on CPU tensors; raises a PtxError where the program is wrong.
 
     arguments are in the order of the kernel's parameters, structs as bytes; those left over are zeros. Memory that the
-    kernel may touch is that of the tensors given, and tensors in `read_only` may not be written.
+    kernel may touch is that of the tensors given, and tensors in `read_only` may not be written, those in
+    `write_only` not read.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r}: one of {MODES}")
@@ -56,10 +58,11 @@ def run_ptx(
     adversary = ADVERSARIES[seed % len(ADVERSARIES)] if mode == "adversarial" else ""
     memory = GlobalMemory()
     memory.weak = mode == "adversarial"
-    kept = {t.data_ptr() for t in read_only}
+    kept, written = ({t.data_ptr() for t in tensors} for tensors in (read_only, write_only))
     for i, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor) and argument.numel():
-            memory.allow(f"argument {i}", argument.data_ptr(), extent(argument), argument.data_ptr() not in kept)
+            start = argument.data_ptr()
+            memory.allow(f"argument {i}", start, extent(argument), start not in kept, start not in written)
         if isinstance(argument, TensorMap):
             last = sum((n - 1) * s for n, s in zip(argument.sizes, (argument.element, *argument.strides), strict=True))
             memory.allow(f"argument {i}", argument.address, last + argument.element)

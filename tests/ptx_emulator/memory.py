@@ -27,6 +27,7 @@ class Range:
     start: int
     stop: int
     writable: bool
+    readable: bool = True
     data: np.ndarray = field(init=False)
     base: int = field(init=False)
     _snapshot: np.ndarray | None = None
@@ -67,14 +68,14 @@ class GlobalMemory:
         self.ranges: list[Range] = []
         self.weak = False
 
-    def allow(self, name: str, start: int, size: int, writable: bool = True) -> None:
+    def allow(self, name: str, start: int, size: int, writable: bool = True, readable: bool = True) -> None:
         """Ranges that touch become one: two views of one tensor are one piece of memory."""
         stop = start + size
         for other in [r for r in self.ranges if r.start < stop and start < r.stop]:
             self.ranges.remove(other)
             start, stop = min(start, other.start), max(stop, other.stop)
-            name, writable = f"{other.name}+{name}", writable or other.writable
-        self.ranges.append(Range(name, start, stop, writable))
+            name, writable, readable = f"{other.name}+{name}", writable or other.writable, readable or other.readable
+        self.ranges.append(Range(name, start, stop, writable, readable))
         self.ranges.sort(key=lambda r: r.start)
         self.starts = np.array([r.start for r in self.ranges], np.uint64)
 
@@ -111,6 +112,8 @@ class GlobalMemory:
                 )
             if write and not range_.writable:
                 raise BadAddress(f"write to {range_.name}, which is read-only", int(at[0]))
+            if not write and not range_.readable:
+                raise BadAddress(f"read of {range_.name}, which is write-only", int(at[0]))
             found.append((range_, at))
         return found
 
