@@ -32,7 +32,7 @@ def module(body: str, parameters: Sequence[str], declared: str = "") -> str:
             f".visible .entry kernel({', '.join(parameters)})",
             "{",
             *registers,
-            ".reg .b32 %tid, %lane;",
+            ".reg .b32 %tx, %lane;",
             body,
             "ret;",
             "}",
@@ -51,10 +51,10 @@ def run(
 ) -> Machine:
     """Run `body` with its arguments loaded: the address of array i in %d{i}, an int in %r{i}, a float in %f{i}.
 
-    %tid is the thread's number in its CTA, %lane that in its warp. Structs (bytes) and tensor maps stay parameters, p{i}.
+    %tx is the thread's number in its CTA, %lane that in its warp. Structs (bytes) and tensor maps stay parameters, p{i}.
     read_only: numbers of the arrays that may not be written.
     """
-    parameters, prologue, given = [], ["mov.u32 %tid, %tid.x;", "mov.u32 %lane, %laneid;"], []
+    parameters, prologue, given = [], ["mov.u32 %tx, %tid.x;", "mov.u32 %lane, %laneid;"], []
     tensors: dict[int, torch.Tensor] = {}
     for i, argument in enumerate(arguments):
         if isinstance(argument, bytes | TensorMap):
@@ -89,7 +89,7 @@ def lanes(body: str, *inputs: Any, out: Any = np.uint32, **launch: Any) -> np.nd
     arrays.append(np.zeros(count + padded, out))
     threads = next(t for t in (512, 256, 128, 64, 32) if (count + padded) % t == 0)
     lines = [".reg .b32 %n; .reg .b64 %at; .reg .pred %p, %q;"]
-    lines.append(f"mov.u32 %n, %ctaid.x; mad.lo.u32 %n, %n, {threads}, %tid;")
+    lines.append(f"mov.u32 %n, %ctaid.x; mad.lo.u32 %n, %n, {threads}, %tx;")
     for i, (name, array) in enumerate(zip([*"abce"[: len(inputs)], "o"], arrays, strict=True)):
         size = array.itemsize
         lines.append(f".reg .b{8 * size} %{name};")

@@ -12,7 +12,9 @@ TILE = ".shared .align 1024 .b8 tile[4096];"
 LATE = {"mode": "late", "declared": TILE}
 
 # each thread copies its 16 bytes of array 0 to its 16 bytes of shared memory, and later stores them to array 1
-HERE = "mov.b32 %r1, tile; mad.lo.u32 %r1, %tid, 16, %r1; mad.wide.u32 %d2, %tid, 16, %d0; mad.wide.u32 %d3, %tid, 16, %d1;"
+HERE = (
+    "mov.b32 %r1, tile; mad.lo.u32 %r1, %tx, 16, %r1; mad.wide.u32 %d2, %tx, 16, %d0; mad.wide.u32 %d3, %tx, 16, %d1;"
+)
 COPY = "cp.async.cg.shared.global [%r1], [%d2], 16;"
 COMMIT, WAIT = "cp.async.commit_group;", "cp.async.wait_group 0;"
 BACK = "ld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%r1]; st.global.v4.b32 [%d3], {%r2, %r3, %r4, %r5};"
@@ -41,9 +43,9 @@ def test_what_lies_behind_the_source_size_is_zeros(size: int, mode: str) -> None
     out = np.full(32 * size, 255, np.uint8)
     run(
         f"""
-        mov.b32 %r1, tile; mad.lo.u32 %r1, %tid, {size}, %r1;
-        mad.wide.u32 %d2, %tid, {size}, %d0; mad.wide.u32 %d3, %tid, {size}, %d1;
-        min.u32 %r2, %tid, {size}; setp.ge.u32 %p1, %tid, 17; selp.b32 %r2, 0, %r2, %p1;
+        mov.b32 %r1, tile; mad.lo.u32 %r1, %tx, {size}, %r1;
+        mad.wide.u32 %d2, %tx, {size}, %d0; mad.wide.u32 %d3, %tx, {size}, %d1;
+        min.u32 %r2, %tx, {size}; setp.ge.u32 %p1, %tx, 17; selp.b32 %r2, 0, %r2, %p1;
         cp.async.ca.shared.global [%r1], [%d2], {size}, %r2; cp.async.wait_all;
         """
         + "".join(f"ld.shared.b8 %r3, [%r1+{i}]; st.global.b8 [%d3+{i}], %r3;" for i in range(size)),
@@ -61,13 +63,7 @@ def test_what_lies_behind_the_source_size_is_zeros(size: int, mode: str) -> None
 
 def test_a_guard_leaves_shared_memory_alone() -> None:
     source, target = arrays()
-    body = (
-        "st.shared.v4.b32 [%r1], {%tid, %tid, %tid, %tid}; setp.lt.u32 %p1, %tid, 4; @%p1 "
-        + COPY
-        + COMMIT
-        + WAIT
-        + BACK
-    )
+    body = "st.shared.v4.b32 [%r1], {%tx, %tx, %tx, %tx}; setp.lt.u32 %p1, %tx, 4; @%p1 " + COPY + COMMIT + WAIT + BACK
     run(HERE + body, source, target, **LATE)
     assert np.array_equal(target, np.where(np.arange(128) < 16, source, np.arange(128) // 4))
 
@@ -116,7 +112,9 @@ def test_reading_what_was_not_waited_for(between: str) -> None:
 def test_groups_complete_in_order() -> None:
     """Three groups; after wait_group 1 the first two may be read, the third not."""
     source = np.arange(96, dtype=np.uint32)
-    body = "mov.b32 %r1, tile; mad.lo.u32 %r1, %tid, 4, %r1; mad.wide.u32 %d2, %tid, 4, %d0; mad.wide.u32 %d3, %tid, 4, %d1;"
+    body = (
+        "mov.b32 %r1, tile; mad.lo.u32 %r1, %tx, 4, %r1; mad.wide.u32 %d2, %tx, 4, %d0; mad.wide.u32 %d3, %tx, 4, %d1;"
+    )
     body += "".join(
         f"cp.async.ca.shared.global [%r1+{128 * i}], [%d2+{128 * i}], 4; cp.async.commit_group;" for i in range(3)
     )
@@ -131,12 +129,12 @@ def test_groups_complete_in_order() -> None:
 def test_one_warp_waits_for_its_own_copies_only() -> None:
     """Warp 1 waits, the copies of warp 0 stay in flight."""
     source, target = arrays(64)
-    body = COPY + COMMIT + "setp.lt.u32 %p1, %tid, 32; @%p1 bra SKIP;" + WAIT + "SKIP: bar.sync 0;"
+    body = COPY + COMMIT + "setp.lt.u32 %p1, %tx, 32; @%p1 bra SKIP;" + WAIT + "SKIP: bar.sync 0;"
     with pytest.raises(StillInFlight, match="thread 0"):
         run(HERE + body + BACK, source, target, threads=64, **LATE)
 
 
-@pytest.mark.parametrize("touch", ["st.shared.b32 [%r1], %tid;", COPY], ids=["store", "another copy"])
+@pytest.mark.parametrize("touch", ["st.shared.b32 [%r1], %tx;", COPY], ids=["store", "another copy"])
 def test_writing_where_a_copy_will_land(touch: str) -> None:
     with pytest.raises(StillInFlight, match="is written while"):
         run(HERE + COPY + touch + COMMIT + WAIT, *arrays(), **LATE)
@@ -145,8 +143,8 @@ def test_writing_where_a_copy_will_land(touch: str) -> None:
 def test_the_source_may_not_change_before_the_wait() -> None:
     source, target = arrays()
     with pytest.raises(StillInFlight, match="source of a cp.async was overwritten"):
-        run(HERE + COPY + COMMIT + "st.global.b32 [%d2], %tid;" + WAIT, source, target, **LATE)
-    run(HERE + COPY + COMMIT + WAIT + "st.global.b32 [%d2], %tid;", source, target, **LATE)
+        run(HERE + COPY + COMMIT + "st.global.b32 [%d2], %tx;" + WAIT, source, target, **LATE)
+    run(HERE + COPY + COMMIT + WAIT + "st.global.b32 [%d2], %tx;", source, target, **LATE)
 
 
 def test_copies_that_nobody_waits_for_harm_nobody() -> None:
@@ -159,14 +157,14 @@ def test_copies_that_nobody_waits_for_harm_nobody() -> None:
 
 DESCRIPTOR = f"mov.b64 %d5, {256 >> 4 << 32 | 3 << 62};"
 READY = (
-    "mov.b32 %r1, tile; mad.lo.u32 %r1, %tid, 16, %r1; mov.b32 %r2, 0x3f803f80; st.shared.v4.b32 [%r1], {%r2, %r2, %r2, %r2};"
+    "mov.b32 %r1, tile; mad.lo.u32 %r1, %tx, 16, %r1; mov.b32 %r2, 0x3f803f80; st.shared.v4.b32 [%r1], {%r2, %r2, %r2, %r2};"
     "fence.proxy.async.shared::cta; bar.sync 0;" + DESCRIPTOR
 )
 FENCE, CLOSE, DONE = "wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
 D = "{%f0, %f1, %f2, %f3}"
 PRODUCT = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {D}, %d5, %d5, 0, 1, 1, 0, 0;"
 AGAIN = PRODUCT.replace("%d5, 0,", "%d5, 1,")
-RESULT = f"mad.wide.u32 %d3, %tid, 16, %d0; st.global.v4.f32 [%d3], {D};"
+RESULT = f"mad.wide.u32 %d3, %tx, 16, %d0; st.global.v4.f32 [%d3], {D};"
 FROM_REGISTERS = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {D}, {{%r5, %r6, %r7, %r8}}, %d5, 0, 1, 1, 0;"
 
 
@@ -234,7 +232,7 @@ def test_registers_of_a_have_the_same_rules() -> None:
 
 # ------------------------------------------------------------------------------------------------- the async proxy
 
-WRITE = "mov.b32 %r1, tile; mad.lo.u32 %r1, %tid, 16, %r1; mov.b32 %r2, 0x3f803f80; st.shared.v4.b32 [%r1], {%r2, %r2, %r2, %r2};"
+WRITE = "mov.b32 %r1, tile; mad.lo.u32 %r1, %tx, 16, %r1; mov.b32 %r2, 0x3f803f80; st.shared.v4.b32 [%r1], {%r2, %r2, %r2, %r2};"
 PROXY = "fence.proxy.async.shared::cta;"
 USE = DESCRIPTOR + FENCE + PRODUCT + CLOSE + DONE + RESULT
 
@@ -243,7 +241,7 @@ USE = DESCRIPTOR + FENCE + PRODUCT + CLOSE + DONE + RESULT
     ("order", "right"),
     [(PROXY + "bar.sync 0;", True), ("bar.sync 0;" + PROXY, True), ("fence.proxy.async; bar.sync 0;", True),
      ("bar.sync 0;", False), (PROXY + WRITE + "bar.sync 0;", False), ("fence.proxy.async.global; bar.sync 0;", False),
-     ("setp.ge.u32 %p1, %tid, 32; @%p1 bra S;" + PROXY + "S: bar.sync 0;", False)],
+     ("setp.ge.u32 %p1, %tx, 32; @%p1 bra S;" + PROXY + "S: bar.sync 0;", False)],
     ids=["fence, barrier", "barrier, fence", "all spaces", "none", "written again", "of global memory", "by one warp, too early"],
 )  # fmt: skip
 def test_wgmma_reads_only_what_a_proxy_fence_covers(order: str, right: bool) -> None:
@@ -261,8 +259,10 @@ def test_wgmma_reads_only_what_a_proxy_fence_covers(order: str, right: bool) -> 
 def test_what_cp_async_wrote_needs_the_fence_too() -> None:
     ones = np.full(1024, 0x3F80, np.uint16)
     out = np.zeros(512, np.float32)
-    copy = "mov.b32 %r1, tile; mad.lo.u32 %r1, %tid, 16, %r1; mad.wide.u32 %d2, %tid, 16, %d1;" + COPY + COMMIT + WAIT
+    copy = "mov.b32 %r1, tile; mad.lo.u32 %r1, %tx, 16, %r1; mad.wide.u32 %d2, %tx, 16, %d1;" + COPY + COMMIT + WAIT
     run(copy + PROXY + "bar.sync 0;" + USE, out, ones, threads=128, **LATE)
     assert set(out) == {16.0}
-    with pytest.raises(MissingFence):
-        run(copy + "bar.sync 0;" + USE, out, ones, threads=128, **LATE)
+    early = copy.replace(WAIT, PROXY + WAIT)  # the fence comes before the bytes do
+    for wrong in (copy, early):
+        with pytest.raises(MissingFence):
+            run(wrong + "bar.sync 0;" + USE, out, ones, threads=128, **LATE)

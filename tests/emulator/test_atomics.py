@@ -36,7 +36,7 @@ def test_atomics_return_the_old_value(name: str, kind: str, space: str) -> None:
     run(
         start
         + f"""
-        mul.wide.u32 %d20, %tid, {size}; add.s64 %d21, %d1, %d20; add.s64 %d22, %d2, %d20;
+        mul.wide.u32 %d20, %tx, {size}; add.s64 %d21, %d1, %d20; add.s64 %d22, %d2, %d20;
         ld.global.b{8 * size} %{letter}24, [%d21];
         atom.{space}.{name}.{kind} %{letter}25, [%d9], %{letter}24;
         st.global.b{8 * size} [%d22], %{letter}25;
@@ -69,8 +69,8 @@ def test_compare_and_swap() -> None:
     word, old = np.array([7], np.uint32), np.zeros(32, np.uint32)
     run(
         """
-        add.u32 %r5, %tid, 7; add.u32 %r6, %tid, 8; atom.global.cas.b32 %r7, [%d0], %r5, %r6;
-        mad.wide.u32 %d3, %tid, 4, %d1; st.global.u32 [%d3], %r7;
+        add.u32 %r5, %tx, 7; add.u32 %r6, %tx, 8; atom.global.cas.b32 %r7, [%d0], %r5, %r6;
+        mad.wide.u32 %d3, %tx, 4, %d1; st.global.u32 [%d3], %r7;
         """,
         word,
         old,
@@ -80,7 +80,7 @@ def test_compare_and_swap() -> None:
 
 def test_atomics_name_the_lane_of_a_bad_address() -> None:
     with pytest.raises(BadAddress, match="thread 9"):
-        run("mad.wide.u32 %d1, %tid, 4, %d0; atom.global.add.u32 %r1, [%d1], 1;", np.zeros(9, np.uint32))
+        run("mad.wide.u32 %d1, %tx, 4, %d0; atom.global.add.u32 %r1, [%d1], 1;", np.zeros(9, np.uint32))
 
 
 @pytest.mark.parametrize("instruction", ["atom.global.add.f32 %f1, [%d0], %f1", "atom.global.inc.u32 %r1, [%d0], %r1",

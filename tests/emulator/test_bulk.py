@@ -24,7 +24,7 @@ MODES = ["convergent", "late", "race", "adversarial"]
 
 BARRIER = ".shared .align 8 .b64 bar;\n.shared .align 1024 .b8 tile[4096];"
 TRY = "mbarrier.try_wait.parity.shared::cta.b64 %p{0}, [%r1], {0}; selp.u32 %r2, 1, 0, %p{0}; st.global.u32 [%d0+{1}], %r2;"
-ONE_THREAD = "mov.b32 %r1, bar; setp.ne.u32 %p5, %tid, 0; @%p5 bra DONE;"
+ONE_THREAD = "mov.b32 %r1, bar; setp.ne.u32 %p5, %tx, 0; @%p5 bra DONE;"
 
 
 def answers(*steps: str) -> list[tuple[bool, bool]]:
@@ -72,12 +72,12 @@ def test_mbarriers_are_checked() -> None:
 
 
 HANDOVER = """
-    mov.b32 %r1, bar; setp.eq.u32 %p1, %tid, 0; @%p1 mbarrier.init.shared::cta.b64 [%r1], 32; bar.sync 0;
-    mov.b32 %r3, tile; setp.ge.u32 %p2, %tid, 32; @%p2 bra CONSUMER;
-    mad.lo.u32 %r4, %tid, 4, %r3; st.shared.u32 [%r4], %tid; mbarrier.arrive.shared::cta.b64 _, [%r1]; {0} bra.uni DONE;
+    mov.b32 %r1, bar; setp.eq.u32 %p1, %tx, 0; @%p1 mbarrier.init.shared::cta.b64 [%r1], 32; bar.sync 0;
+    mov.b32 %r3, tile; setp.ge.u32 %p2, %tx, 32; @%p2 bra CONSUMER;
+    mad.lo.u32 %r4, %tx, 4, %r3; st.shared.u32 [%r4], %tx; mbarrier.arrive.shared::cta.b64 _, [%r1]; {0} bra.uni DONE;
     CONSUMER: {1}
-    sub.u32 %r4, %tid, 32; mad.lo.u32 %r4, %r4, 4, %r3; ld.shared.u32 %r5, [%r4];
-    mad.wide.u32 %d1, %tid, 4, %d0; st.global.u32 [%d1-128], %r5;
+    sub.u32 %r4, %tx, 32; mad.lo.u32 %r4, %r4, 4, %r3; ld.shared.u32 %r5, [%r4];
+    mad.wide.u32 %d1, %tx, 4, %d0; st.global.u32 [%d1+-128], %r5;
     DONE:
 """
 SPIN = "mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r1], {0}; @!%p3 bra CONSUMER;"
@@ -142,16 +142,16 @@ def test_rules_of_tensor_maps(change: dict, message: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ tensor copies
 
-# thread 0 loads a box at {coordinates} to shared memory and all wait for it; then all copy the tile's bytes to array 2
+# thread 0 loads a box at {coordinates} to shared memory and all wait for it; then they copy the tile to array 1, warp 1 first
 LOAD = """
-    mov.b32 %r1, bar; mov.b32 %r3, tile; setp.eq.u32 %p1, %tid, 0; mov.b64 %d5, p0; cvta.param.u64 %d5, %d5;
+    mov.b32 %r1, bar; mov.b32 %r3, tile; setp.eq.u32 %p1, %tx, 0; mov.b64 %d5, p0; cvta.param.u64 %d5, %d5;
     @%p1 mbarrier.init.shared::cta.b64 [%r1], 1; bar.sync 0;
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], {expect};
     @%p1 cp.async.bulk.tensor.{rank}d.shared::cta.global.mbarrier::complete_tx::bytes [%r3], [%d5, {coordinates}], [%r1];
     WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r1], 0; @!%p3 bra WAIT;
 """
 OUT = """
-    mul.lo.u32 %r4, %tid, 16;
+    xor.b32 %r4, %tx, 32; mul.lo.u32 %r4, %r4, 16;
     COPY: setp.ge.u32 %p4, %r4, {bytes}; @%p4 bra DONE;
     add.u32 %r5, %r3, %r4; ld.shared.v4.b32 {{%r6, %r7, %r8, %r9}}, [%r5]; cvt.u64.u32 %d6, %r4; add.s64 %d6, %d1, %d6;
     st.global.v4.b32 [%d6], {{%r6, %r7, %r8, %r9}}; add.u32 %r4, %r4, 1024; bra.uni COPY;
@@ -238,6 +238,13 @@ def test_reading_before_the_wait() -> None:
         run(body, tensor_map(array, box), np.zeros(box, np.uint16), threads=64, declared=BARRIER, mode="late")
 
 
+def test_looking_once_is_not_waiting() -> None:
+    array, box = counted((8, 16)), (8, 16)
+    body = LOAD.format(expect=256, rank=2, coordinates="{0, 0}").replace("@!%p3 bra WAIT;", "") + OUT.format(bytes=256)
+    with pytest.raises(StillInFlight, match="is read while"):
+        run(body, tensor_map(array, box), np.zeros(box, np.uint16), threads=64, declared=BARRIER, mode="late")
+
+
 def test_loads_are_checked() -> None:
     array = counted((64, 64))
     with pytest.raises(BadAddress, match="not a multiple of 128"):
@@ -260,11 +267,11 @@ def test_loads_are_checked() -> None:
 
 # every thread writes its 16 bytes of the tile; thread 0 stores the box
 STORE = """
-    mov.b32 %r3, tile; mul.lo.u32 %r4, %tid, 16; add.u32 %r5, %r3, %r4; mov.b64 %d5, p0;
-    mad.wide.u32 %d6, %tid, 16, %d1; ld.global.v4.b32 {{%r6, %r7, %r8, %r9}}, [%d6];
+    mov.b32 %r3, tile; mul.lo.u32 %r4, %tx, 16; add.u32 %r5, %r3, %r4; mov.b64 %d5, p0;
+    mad.wide.u32 %d6, %tx, 16, %d1; ld.global.v4.b32 {{%r6, %r7, %r8, %r9}}, [%d6];
     st.shared.v4.b32 [%r5], {{%r6, %r7, %r8, %r9}};
     {order}
-    setp.ne.u32 %p1, %tid, 0; @%p1 bra DONE;
+    setp.ne.u32 %p1, %tx, 0; @%p1 bra DONE;
     cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%d5, {coordinates}], [%r3];
     cp.async.bulk.commit_group; {wait}
     DONE:

@@ -11,7 +11,7 @@ from programs import lanes, random_bits, run
 from ptx_emulator.errors import PartialWarp, UnknownInstruction
 
 pytestmark = pytest.mark.emulator
-STORE = "mad.wide.u32 %d9, %tid, 4, %d0; st.global.u32 [%d9], %r9;"
+STORE = "mad.wide.u32 %d9, %tx, 4, %d0; st.global.u32 [%d9], %r9;"
 WHOLE = "0xffffffff"
 
 
@@ -93,7 +93,7 @@ PART = "setp.lt.u32 %p1, %lane, 8; @!%p1 bra SKIP; {0} SKIP: "
 
 @pytest.mark.parametrize(
     "collective",
-    ["shfl.sync.bfly.b32 %r9, %tid, 1, 31, {0};", "vote.sync.ballot.b32 %r9, %p1, {0};", "redux.sync.add.u32 %r9, %tid, {0};",
+    ["shfl.sync.bfly.b32 %r9, %tx, 1, 31, {0};", "vote.sync.ballot.b32 %r9, %p1, {0};", "redux.sync.add.u32 %r9, %tx, {0};",
      "elect.sync %r9|%p2, {0};", "bar.warp.sync {0};"],
 )  # fmt: skip
 def test_a_membermask_must_name_who_is_here(collective: str) -> None:
@@ -117,16 +117,18 @@ def test_the_mask_is_that_of_the_lanes_that_are_here() -> None:
 
 def test_values_of_a_part_come_from_that_part() -> None:
     out = np.zeros(32, np.uint32)
-    run(PART.format("add.u32 %r1, %tid, 100; vote.sync.ballot.b32 %r8, %p1, 0xff; redux.sync.min.u32 %r9, %r1, 0xff;"
+    run(PART.format("add.u32 %r1, %tx, 100; vote.sync.ballot.b32 %r8, %p1, 0xff; redux.sync.min.u32 %r9, %r1, 0xff;"
                     "add.u32 %r9, %r9, %r8; activemask.b32 %r7; add.u32 %r9, %r9, %r7;" + STORE), out)  # fmt: skip
     assert out.tolist() == [100 + 255 + 255] * 8 + [0] * 24
-    run(PART.format("shfl.sync.down.b32 %r9, %tid, 3, 7, 0xff;" + STORE), out)
+    run(PART.format("vote.sync.all.pred %p2, %p1, 0xff; selp.u32 %r9, 5, 6, %p2;" + STORE), out)
+    assert out[:8].tolist() == [5] * 8
+    run(PART.format("shfl.sync.down.b32 %r9, %tx, 3, 7, 0xff;" + STORE), out)
     assert out[:8].tolist() == [3, 4, 5, 6, 7, 5, 6, 7]
 
 
 def test_a_shuffle_must_not_read_a_lane_that_is_not_here() -> None:
     with pytest.raises(PartialWarp, match="reads a lane that is not here"):
-        run(PART.format("shfl.sync.idx.b32 %r9, %tid, 20, 31, 0xff;"))
+        run(PART.format("shfl.sync.idx.b32 %r9, %tx, 20, 31, 0xff;"))
 
 
 MMA = (
@@ -148,9 +150,9 @@ def test_these_need_the_whole_warp(instruction: str) -> None:
 # ------------------------------------------------------------------------------------------------------ CTA barriers
 
 EXCHANGE = """
-    mov.b32 %r1, tile; mad.lo.u32 %r2, %tid, 4, %r1; st.shared.u32 [%r2], %tid;
+    mov.b32 %r1, tile; mad.lo.u32 %r2, %tx, 4, %r1; st.shared.u32 [%r2], %tx;
     {0}
-    add.u32 %r3, %tid, {1}; and.b32 %r3, %r3, {2}; mad.lo.u32 %r3, %r3, 4, %r1; ld.shared.u32 %r9, [%r3];
+    add.u32 %r3, %tx, {1}; and.b32 %r3, %r3, {2}; mad.lo.u32 %r3, %r3, 4, %r1; ld.shared.u32 %r9, [%r3];
 """
 TILE = ".shared .align 16 .b8 tile[1024];"
 
@@ -169,8 +171,8 @@ def test_a_barrier_of_all_threads(barrier: str, mode: str) -> None:
 def test_two_halves_of_a_cta_meet_at_barriers_of_their_own() -> None:
     """Warps 0 and 1 three times at barrier 1, warps 2 and 3 once at barrier 2: no count mixes with the other."""
     body = """
-    setp.lt.u32 %p1, %tid, 64; @!%p1 bra OTHERS;
-    bar.sync 1, 64; st.shared.u32 [tile], %tid; bar.sync 1, 64; ld.shared.u32 %r9, [tile]; bar.sync 1, 64; bra.uni DONE;
+    setp.lt.u32 %p1, %tx, 64; @!%p1 bra OTHERS;
+    bar.sync 1, 64; st.shared.u32 [tile], %tx; bar.sync 1, 64; ld.shared.u32 %r9, [tile]; bar.sync 1, 64; bra.uni DONE;
     OTHERS: bar.sync 2, 64; mov.u32 %r9, 7;
     DONE:
     """
@@ -181,10 +183,10 @@ def test_two_halves_of_a_cta_meet_at_barriers_of_their_own() -> None:
 
 
 PRODUCER = """
-    mov.b32 %r1, tile; setp.lt.u32 %p1, %tid, 32; @!%p1 bra CONSUMER;
-    mad.lo.u32 %r2, %tid, 4, %r1; st.shared.u32 [%r2], %tid; bar.arrive 1, 64; {0} bra.uni DONE;
-    CONSUMER: bar.sync 1, 64; sub.u32 %r2, %tid, 32; mad.lo.u32 %r2, %r2, 4, %r1; ld.shared.u32 %r9, [%r2];
-    mad.wide.u32 %d9, %tid, 4, %d0; st.global.u32 [%d9], %r9;
+    mov.b32 %r1, tile; setp.lt.u32 %p1, %tx, 32; @!%p1 bra CONSUMER;
+    mad.lo.u32 %r2, %tx, 4, %r1; st.shared.u32 [%r2], %tx; bar.arrive 1, 64; {0} bra.uni DONE;
+    CONSUMER: bar.sync 1, 64; sub.u32 %r2, %tx, 32; mad.lo.u32 %r2, %r2, 4, %r1; ld.shared.u32 %r9, [%r2];
+    mad.wide.u32 %d9, %tx, 4, %d0; st.global.u32 [%d9], %r9;
     DONE:
 """
 

@@ -8,7 +8,7 @@ from programs import random_bits, run
 from ptx_emulator.errors import BadAddress, Uninitialised, UnknownInstruction
 
 pytestmark = pytest.mark.emulator
-EACH = "mul.wide.u32 %d9, %tid, {0}; add.s64 %d10, %d0, %d9; add.s64 %d11, %d1, %d9;"  # element of arrays 0 and 1
+EACH = "mul.wide.u32 %d9, %tx, {0}; add.s64 %d10, %d0, %d9; add.s64 %d11, %d1, %d9;"  # element of arrays 0 and 1
 SHARED = ".shared .align 16 .b8 tile[1024];"
 
 
@@ -44,8 +44,8 @@ def test_narrow_loads_are_extended(kind: str, dtype: type) -> None:
     target = np.zeros(32, np.int32)
     run(
         f"""
-        mul.wide.u32 %d9, %tid, {source.itemsize}; add.s64 %d10, %d0, %d9;
-        mul.wide.u32 %d9, %tid, 4; add.s64 %d11, %d1, %d9;
+        mul.wide.u32 %d9, %tx, {source.itemsize}; add.s64 %d10, %d0, %d9;
+        mul.wide.u32 %d9, %tx, 4; add.s64 %d11, %d1, %d9;
         ld.global.{kind} %r9, [%d10]; st.global.b32 [%d11], %r9;
         """,
         source,
@@ -56,7 +56,7 @@ def test_narrow_loads_are_extended(kind: str, dtype: type) -> None:
 
 def test_offsets_have_both_signs() -> None:
     data = np.arange(4, dtype=np.uint32)
-    run("add.s64 %d1, %d0, 8; ld.global.u32 %r1, [%d1+-8]; ld.global.u32 %r2, [%d1-4]; ld.global.u32 %r3, [%d1 + 4];"
+    run("add.s64 %d1, %d0, 8; ld.global.u32 %r1, [%d1+-8]; ld.global.u32 %r2, [%d1+-4]; ld.global.u32 %r3, [%d1 + 4];"
         "add.u32 %r4, %r1, %r2; add.u32 %r4, %r4, %r3; st.global.u32 [%d0], %r4;", data)  # fmt: skip
     assert data[0] == 0 + 1 + 3
 
@@ -64,7 +64,7 @@ def test_offsets_have_both_signs() -> None:
 def test_a_guard_keeps_the_other_lanes_out_of_memory() -> None:
     data = np.zeros(7, np.uint32)
     run(
-        "setp.lt.u32 %p1, %tid, 7; mul.wide.u32 %d1, %tid, 4; add.s64 %d1, %d0, %d1; @%p1 st.global.u32 [%d1], %tid;",
+        "setp.lt.u32 %p1, %tx, 7; mul.wide.u32 %d1, %tx, 4; add.s64 %d1, %d0, %d1; @%p1 st.global.u32 [%d1], %tx;",
         data,
     )
     assert data.tolist() == [*range(7)]
@@ -75,16 +75,16 @@ def test_a_vector_of_another_length_is_refused() -> None:
         run("ld.global.v4.b32 {%r1, %r2}, [%d0];", np.zeros(4, np.uint32))
 
 
-@pytest.mark.parametrize("instruction", ["ld.global.b32 %r1, [%d9]", "st.global.b32 [%d9], %tid"])
+@pytest.mark.parametrize("instruction", ["ld.global.b32 %r1, [%d9]", "st.global.b32 [%d9], %tx"])
 def test_out_of_bounds_names_the_thread_and_the_tensor(instruction: str) -> None:
-    text = f"mad.wide.u32 %d9, %tid, 4, %d0; {instruction};"
+    text = f"mad.wide.u32 %d9, %tx, 4, %d0; {instruction};"
     with pytest.raises(BadAddress, match=r"(?s)at byte 160 of argument 0, which has 160.*\[%d9\].*PTX line.*thread 40"):
         run(text, np.zeros(40, np.uint32), threads=64)
 
 
 def test_before_the_first_and_beside_no_tensor() -> None:
     with pytest.raises(BadAddress, match="at byte -4 of argument 0"):
-        run("ld.global.b32 %r1, [%d0-4];", np.zeros(4, np.uint32))
+        run("ld.global.b32 %r1, [%d0+-4];", np.zeros(4, np.uint32))
     with pytest.raises(BadAddress, match="given no tensor"):
         run("mov.b64 %d1, 64; ld.global.b32 %r1, [%d1];")
 
@@ -120,10 +120,10 @@ def test_shared_is_read_as_written_by_anyone_of_the_cta() -> None:
     out = np.zeros(64, np.uint32)
     run(
         """
-        mov.b32 %r1, tile; mad.lo.u32 %r2, %tid, 4, %r1; st.shared.u32 [%r2], %tid;
+        mov.b32 %r1, tile; mad.lo.u32 %r2, %tx, 4, %r1; st.shared.u32 [%r2], %tx;
         bar.sync 0;
-        xor.b32 %r3, %tid, 63; mad.lo.u32 %r3, %r3, 4, %r1; ld.shared.u32 %r4, [%r3];
-        mad.wide.u32 %d1, %tid, 4, %d0; st.global.u32 [%d1], %r4;
+        xor.b32 %r3, %tx, 63; mad.lo.u32 %r3, %r3, 4, %r1; ld.shared.u32 %r4, [%r3];
+        mad.wide.u32 %d1, %tx, 4, %d0; st.global.u32 [%d1], %r4;
         """,
         out,
         threads=64,
@@ -134,7 +134,7 @@ def test_shared_is_read_as_written_by_anyone_of_the_cta() -> None:
 
 def test_unwritten_shared_memory() -> None:
     with pytest.raises(Uninitialised, match=r"(?s)shared address 4 was never written.*thread 1"):
-        run("mov.b32 %r1, tile; st.shared.u32 [%r1], %r1; mad.lo.u32 %r2, %tid, 4, %r1; ld.shared.u32 %r3, [%r2];",
+        run("mov.b32 %r1, tile; st.shared.u32 [%r1], %r1; mad.lo.u32 %r2, %tx, 4, %r1; ld.shared.u32 %r3, [%r2];",
             declared=SHARED)  # fmt: skip
 
 

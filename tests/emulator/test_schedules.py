@@ -9,7 +9,7 @@ from ptx_emulator.errors import Deadlock, EndlessLoop, PartialWarp, PtxError
 from ptx_emulator.launch import ADVERSARIES, MODES
 
 pytestmark = pytest.mark.emulator
-STORE = "mad.wide.u32 %d9, %tid, 4, %d0; st.global.u32 [%d9], %r9;"
+STORE = "mad.wide.u32 %d9, %tx, 4, %d0; st.global.u32 [%d9], %r9;"
 EVERY = [(mode, seed) for mode in MODES for seed in range(len(ADVERSARIES) if mode == "adversarial" else 1)]
 
 # ------------------------------------------------------------------------------------------- lanes part and meet again
@@ -88,13 +88,13 @@ def test_lanes_that_meet_at_the_target_of_a_forward_jump_run_on_together() -> No
 def test_one_lane_waits_for_another_cta_while_its_warp_stands(mode: str, seed: int) -> None:
     """As CUDA code does it: thread 0 spins in a loop of its own. It must not spin alone."""
     body = """
-    mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0; setp.ne.u32 %p2, %tid, 0; @%p2 bra READY; @%p1 bra FIRST;
+    mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0; setp.ne.u32 %p2, %tx, 0; @%p2 bra READY; @%p1 bra FIRST;
     SPIN: ld.acquire.gpu.global.u32 %r2, [%d1]; setp.eq.u32 %p3, %r2, 0; @%p3 bra SPIN; bra.uni READY;
     FIRST: mov.u32 %r3, 9; st.release.gpu.global.u32 [%d1], %r3;
-    READY: bar.sync 0; ld.relaxed.gpu.global.u32 %r9, [%d1]; mad.lo.u32 %tid, %r1, 64, %tid;
+    READY: bar.sync 0; ld.relaxed.gpu.global.u32 %r9, [%d1]; mad.lo.u32 %tx, %r1, 64, %tx;
     """
     out, flag = np.zeros(128, np.uint32), np.zeros(1, np.uint32)
-    run(body + STORE, out, flag, threads=64, grid=(2,), resident=2, mode=mode, seed=seed)
+    run(body + STORE, out, flag, threads=64, grid=(2,), resident=2, mode=mode, seed=seed, budget=20_000)
     assert set(out[64:]) == {9}
 
 
@@ -110,7 +110,7 @@ def test_lanes_may_end_before_the_others() -> None:
 
 def test_who_has_ended_is_missing_in_a_collective() -> None:
     with pytest.raises(PartialWarp, match="0xffffff00 are here"):
-        run("setp.lt.u32 %p1, %lane, 8; @%p1 exit; shfl.sync.bfly.b32 %r1, %tid, 1, 31, -1;")
+        run("setp.lt.u32 %p1, %lane, 8; @%p1 exit; shfl.sync.bfly.b32 %r1, %tx, 1, 31, -1;")
 
 
 @pytest.mark.parametrize("order", ["low first", "high first"])
@@ -127,7 +127,7 @@ def test_parts_of_a_warp_end_in_different_places(order: str) -> None:
 
 def test_a_deadlock_says_who_waits_where() -> None:
     body = (
-        "mov.u32 %r1, %ctaid.x; setp.lt.u32 %p1, %tid, 32; @%p1 bra FIRST; bar.sync 1, 64; ret; FIRST: bar.sync 2, 64;"
+        "mov.u32 %r1, %ctaid.x; setp.lt.u32 %p1, %tx, 32; @%p1 bra FIRST; bar.sync 1, 64; ret; FIRST: bar.sync 2, 64;"
     )
     with pytest.raises(Deadlock) as caught:
         run(body, threads=64, grid=(2,))
@@ -137,7 +137,7 @@ def test_a_deadlock_says_who_waits_where() -> None:
 
 def test_a_barrier_that_a_warp_has_left_behind() -> None:
     with pytest.raises(Deadlock, match="warp 1 at bar.sync 0"):
-        run("setp.lt.u32 %p1, %tid, 32; @%p1 ret; bar.sync 0;", threads=64)
+        run("setp.lt.u32 %p1, %tx, 32; @%p1 ret; bar.sync 0;", threads=64)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -150,12 +150,12 @@ def test_a_loop_without_end(mode: str) -> None:
 
 REDUCTION = """
     .reg .f32 %x, %y;
-    mad.wide.u32 %d9, %tid, 4, %d0; mov.u32 %r1, %ctaid.x; mul.wide.u32 %d8, %r1, 512; add.s64 %d9, %d9, %d8;
-    ld.global.f32 %x, [%d9]; mov.b32 %r2, tile; mad.lo.u32 %r3, %tid, 4, %r2; st.shared.f32 [%r3], %x; mov.u32 %r4, 64;
-    HALVE: bar.sync 0; setp.ge.u32 %p1, %tid, %r4; @%p1 bra SKIP;
+    mad.wide.u32 %d9, %tx, 4, %d0; mov.u32 %r1, %ctaid.x; mul.wide.u32 %d8, %r1, 512; add.s64 %d9, %d9, %d8;
+    ld.global.f32 %x, [%d9]; mov.b32 %r2, tile; mad.lo.u32 %r3, %tx, 4, %r2; st.shared.f32 [%r3], %x; mov.u32 %r4, 64;
+    HALVE: bar.sync 0; setp.ge.u32 %p1, %tx, %r4; @%p1 bra SKIP;
         mad.lo.u32 %r5, %r4, 4, %r3; ld.shared.f32 %y, [%r5]; ld.shared.f32 %x, [%r3]; add.f32 %x, %x, %y; st.shared.f32 [%r3], %x;
     SKIP: shr.u32 %r4, %r4, 1; setp.ne.u32 %p2, %r4, 0; @%p2 bra HALVE;
-    setp.ne.u32 %p3, %tid, 0; @%p3 bra DONE; mad.wide.u32 %d9, %r1, 4, %d1; st.global.f32 [%d9], %x;
+    setp.ne.u32 %p3, %tx, 0; @%p3 bra DONE; mad.wide.u32 %d9, %r1, 4, %d1; st.global.f32 [%d9], %x;
     DONE:
 """
 
@@ -201,7 +201,7 @@ def test_without_its_barrier_it_does_not() -> None:
 def test_a_seed_repeats_itself() -> None:
     def order(seed: int) -> list[int]:
         counter, drawn = np.zeros(1, np.uint32), np.zeros(128, np.uint32)
-        run("atom.global.add.u32 %r9, [%d1], 1; mov.u32 %r1, %ctaid.x; mad.lo.u32 %tid, %r1, 32, %tid;" + STORE, drawn, counter,
+        run("atom.global.add.u32 %r9, [%d1], 1; mov.u32 %r1, %ctaid.x; mad.lo.u32 %tx, %r1, 32, %tx;" + STORE, drawn, counter,
             grid=(4,), mode="adversarial", seed=seed)  # fmt: skip
         assert sorted(drawn) == [*range(128)]
         return drawn.tolist()
@@ -215,7 +215,7 @@ def test_a_seed_repeats_itself() -> None:
 
 CHAIN = """
     mov.u32 %r1, %ctaid.x; {order} mad.wide.u32 %d5, %r1, 4, %d0; setp.eq.u32 %p1, %r1, 0; @%p1 bra READY;
-    SPIN: ld.acquire.gpu.global.u32 %r2, [%d5-4]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN;
+    SPIN: ld.acquire.gpu.global.u32 %r2, [%d5+-4]; setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN;
     READY: add.u32 %r3, %r1, 1; st.release.gpu.global.u32 [%d5], %r3;
 """
 
@@ -223,7 +223,7 @@ CHAIN = """
 @pytest.mark.parametrize("resident", [1, 2, 5])
 def test_all_ctas_run_whatever_fits(resident: int) -> None:
     out = np.zeros(12 * 32, np.uint32)
-    body = "mov.u32 %r9, %ctaid.x; mad.lo.u32 %tid, %r9, 32, %tid;" + STORE
+    body = "mov.u32 %r9, %ctaid.x; mad.lo.u32 %tx, %r9, 32, %tx;" + STORE
     for mode, seed in EVERY:
         out[:] = 99
         machine = run(body, out, grid=(2, 3, 2), resident=resident, mode=mode, seed=seed)

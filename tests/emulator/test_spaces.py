@@ -25,10 +25,10 @@ def test_generic_addresses_of_three_spaces_in_one_instruction() -> None:
     run(
         GENERIC
         + """
-        rem.u32 %r1, %tid, 3; mad.wide.u32 %d1, %tid, 4, %d0; mad.wide.u32 %d2, %tid, 4, %shared; add.s64 %d3, %SP, 8;
-        st.global.u32 [%d1], %tid;
-        add.u32 %r2, %tid, 100; mov.b64 %d4, tile; mad.wide.u32 %d4, %tid, 4, %d4; st.shared.u32 [%d4], %r2;
-        add.u32 %r3, %tid, 200; st.local.u32 [%SPL+8], %r3;
+        rem.u32 %r1, %tx, 3; mad.wide.u32 %d1, %tx, 4, %d0; mad.wide.u32 %d2, %tx, 4, %shared; add.s64 %d3, %SP, 8;
+        st.global.u32 [%d1], %tx;
+        add.u32 %r2, %tx, 100; mov.b64 %d4, tile; mad.wide.u32 %d4, %tx, 4, %d4; st.shared.u32 [%d4], %r2;
+        add.u32 %r3, %tx, 200; st.local.u32 [%SPL+8], %r3;
         setp.eq.u32 %p1, %r1, 1; setp.eq.u32 %p2, %r1, 2;
         selp.b64 %d5, %d2, %d1, %p1; selp.b64 %d5, %d3, %d5, %p2;
         ld.u32 %r4, [%d5]; add.u32 %r4, %r4, 1000; st.u32 [%d5], %r4; ld.u32 %r4, [%d5];
@@ -68,8 +68,8 @@ def test_isspacep_and_the_way_back() -> None:
 def test_local_memory_belongs_to_a_thread() -> None:
     out = np.zeros(64, np.uint32)
     body = """
-    st.local.v2.u32 [%SPL+16], {%tid, %lane}; ld.local.u32 %r1, [%SPL+16];
-    mad.wide.u32 %d1, %tid, 4, %d0; st.global.u32 [%d1], %r1;
+    st.local.v2.u32 [%SPL+16], {%tx, %lane}; ld.local.u32 %r1, [%SPL+16];
+    mad.wide.u32 %d1, %tx, 4, %d0; st.global.u32 [%d1], %r1;
     """
     run(GENERIC + body, out, threads=64, declared=SHARED)
     assert out.tolist() == [*range(64)]
@@ -95,7 +95,7 @@ def test_constants_and_module_variables() -> None:
     )
     assert out.tolist() == [0x04030201, -1, 5 + 32, -3]
     with pytest.raises(BadAddress, match="table, which is read-only"):
-        run("mov.b64 %d1, table; st.global.u32 [%d1], %tid;", declared=declared)
+        run("mov.b64 %d1, table; st.global.u32 [%d1], %tx;", declared=declared)
 
 
 # -------------------------------------------------------------------------------------------------------- parameters
@@ -134,6 +134,6 @@ def test_parameters_are_checked() -> None:
     with pytest.raises(PtxError, match="of the 12 bytes of parameters"):
         run("ld.param.u32 %r5, [p1+4];", out, 3)
     with pytest.raises(BadAddress, match="constant"):
-        run("mov.b64 %d6, p1; cvta.param.u64 %d6, %d6; st.u32 [%d6], %tid;", out, 3)
+        run("mov.b64 %d6, p1; cvta.param.u64 %d6, %d6; st.u32 [%d6], %tx;", out, 3)
     with pytest.raises(UnknownInstruction, match="p7"):
         run("ld.param.u32 %r5, [p7];", out)

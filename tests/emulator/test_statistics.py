@@ -26,13 +26,13 @@ def only(body: str, **launch) -> tuple:  # type: ignore[no-untyped-def]
         (16, "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d1];", (1, 512, 16, 16, 0, 0)),
         (128, "ld.global.b32 %r1, [%d1];", (1, 128, 32, 4, 0, 0)),
         (0, "ld.global.b32 %r1, [%d1];", (1, 128, 1, 1, 0, 0)),
-        (8, "st.global.b32 [%d1], %tid;", (1, 128, 8, 4, 0, 0)),
-        (4, "st.global.b8 [%d1], %tid;", (1, 32, 4, 1, 0, 0)),
+        (8, "st.global.b32 [%d1], %tx;", (1, 128, 8, 4, 0, 0)),
+        (4, "st.global.b8 [%d1], %tx;", (1, 32, 4, 1, 0, 0)),
     ],
 )
 def test_sectors_of_global_memory(stride: int, instruction: str, expected: tuple) -> None:
     assert (
-        only(f"mul.lo.u32 %r9, %tid, {stride}; cvt.u64.u32 %d1, %r9; add.s64 %d1, %d0, %d1; {instruction}") == expected
+        only(f"mul.lo.u32 %r9, %tx, {stride}; cvt.u64.u32 %d1, %r9; add.s64 %d1, %d0, %d1; {instruction}") == expected
     )
 
 
@@ -42,8 +42,8 @@ def test_sectors_of_global_memory(stride: int, instruction: str, expected: tuple
      (32, "v4", 8, 4), (2, "b16", 1, 1)],
 )  # fmt: skip
 def test_passes_of_shared_memory(stride: int, value: str, passes: int, least: int) -> None:
-    store = "st.shared.v4.b32 [%r1], {%tid, %tid, %tid, %tid};" if value == "v4" else f"st.shared.{value} [%r1], %tid;"
-    found = only(f"mov.b32 %r1, tile; mad.lo.u32 %r1, %tid, {stride}, %r1;" + store)
+    store = "st.shared.v4.b32 [%r1], {%tx, %tx, %tx, %tx};" if value == "v4" else f"st.shared.{value} [%r1], %tx;"
+    found = only(f"mov.b32 %r1, tile; mad.lo.u32 %r1, %tx, {stride}, %r1;" + store)
     assert found[4:] == (passes, least)
 
 
@@ -51,14 +51,14 @@ def test_passes_of_shared_memory(stride: int, value: str, passes: int, least: in
 def test_passes_of_ldmatrix(stride: int, passes: int) -> None:
     """Eight rows of 16 bytes: at a stride of 144 each in banks of its own, at 128 all in the same four."""
     body = f"""
-    mov.b32 %r1, tile; mad.lo.u32 %r1, %tid, {stride}, %r1; st.shared.v4.b32 [%r1], {{%tid, %tid, %tid, %tid}};
+    mov.b32 %r1, tile; mad.lo.u32 %r1, %tx, {stride}, %r1; st.shared.v4.b32 [%r1], {{%tx, %tx, %tx, %tx}};
     ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r2, %r3, %r4, %r5}}, [%r1];
     """
     assert only(body) == (1, 512, 0, 0, passes, 4)
 
 
 def test_warps_and_guards_are_counted() -> None:
-    body = "setp.lt.u32 %p1, %tid, 40; mad.wide.u32 %d1, %tid, 4, %d0; @%p1 ld.global.b32 %r1, [%d1];"
+    body = "setp.lt.u32 %p1, %tx, 40; mad.wide.u32 %d1, %tx, 4, %d0; @%p1 ld.global.b32 %r1, [%d1];"
     assert only(body, threads=96) == (2, 160, 5, 5, 0, 0)
 
 

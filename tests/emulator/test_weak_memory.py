@@ -18,9 +18,9 @@ SEEDS = range(10)  # two of each adversary
 
 # CTA 0 writes data[tid] = tid + 1 and raises a flag; CTA 1 waits for it and copies the data
 MESSAGE = """
-    setp.eq.u32 %p1, %tid, 0; mov.u32 %r1, %ctaid.x; setp.ne.u32 %p2, %r1, 0; mov.u32 %r5, 1;
-    mad.wide.u32 %d4, %tid, 4, %d0; mad.wide.u32 %d5, %tid, 4, %d2; @%p2 bra RECEIVE;
-    add.u32 %r2, %tid, 1; st.global.u32 [%d4], %r2;
+    setp.eq.u32 %p1, %tx, 0; mov.u32 %r1, %ctaid.x; setp.ne.u32 %p2, %r1, 0; mov.u32 %r5, 1;
+    mad.wide.u32 %d4, %tx, 4, %d0; mad.wide.u32 %d5, %tx, 4, %d2; @%p2 bra RECEIVE;
+    add.u32 %r2, %tx, 1; st.global.u32 [%d4], %r2;
     {before} @!%p1 bra DONE; {raise_flag} bra.uni DONE;
     RECEIVE: @!%p1 bra READY;
     SPIN: {look} setp.eq.u32 %p3, %r6, 0; @%p3 bra SPIN; {behind}
@@ -104,11 +104,11 @@ def test_cached_loads_of_what_nobody_writes_are_right() -> None:
 def test_what_is_seen_is_passed_on() -> None:
     """CTA 0 releases to CTA 1, which writes nothing of its own and releases to CTA 2: that one sees the data of CTA 0."""
     body = """
-    mov.u32 %r1, %ctaid.x; mov.u32 %r5, 1; setp.ne.u32 %p1, %tid, 0; mad.wide.u32 %d4, %tid, 4, %d0; mad.wide.u32 %d5, %tid, 4, %d2;
+    mov.u32 %r1, %ctaid.x; mov.u32 %r5, 1; setp.ne.u32 %p1, %tx, 0; mad.wide.u32 %d4, %tx, 4, %d0; mad.wide.u32 %d5, %tx, 4, %d2;
     setp.eq.u32 %p2, %r1, 0; setp.eq.u32 %p3, %r1, 2; mad.wide.u32 %d6, %r1, 4, %d1;
-    @%p2 add.u32 %r2, %tid, 1; @%p2 st.global.u32 [%d4], %r2; @%p2 bra PASS;
+    @%p2 add.u32 %r2, %tx, 1; @%p2 st.global.u32 [%d4], %r2; @%p2 bra PASS;
     @%p1 bra READY;
-    SPIN: ld.acquire.gpu.global.u32 %r6, [%d6-4]; setp.eq.u32 %p4, %r6, 0; @%p4 bra SPIN;
+    SPIN: ld.acquire.gpu.global.u32 %r6, [%d6+-4]; setp.eq.u32 %p4, %r6, 0; @%p4 bra SPIN;
     READY:
     PASS: bar.sync 0; @%p3 ld.global.u32 %r7, [%d4]; @%p3 st.global.u32 [%d5], %r7;
     @!%p1 st.release.gpu.global.u32 [%d6], %r5;
@@ -140,7 +140,7 @@ SELF = {
 @pytest.mark.parametrize("name", SELF)
 def test_a_thread_sees_its_own_accesses_in_order(name: str) -> None:
     body, expected = SELF[name]
-    place = "mad.wide.u32 %d1, %tid, 4, %d0; add.u32 %r1, %tid, 5;"
+    place = "mad.wide.u32 %d1, %tx, 4, %d0; add.u32 %r1, %tx, 5;"
     for seed in SEEDS:
         memory = np.zeros(128, np.uint32)
         run(place + body + "st.global.u32 [%d1+256], %r2;", memory, threads=64, mode="adversarial", seed=seed)
@@ -150,7 +150,7 @@ def test_a_thread_sees_its_own_accesses_in_order(name: str) -> None:
 
 def test_what_a_barrier_ordered_comes_before_the_atomics_of_the_others() -> None:
     """One thread sets a counter, a barrier, all count: none of them may count first, nor the setting come last."""
-    body = "setp.eq.u32 %p1, %tid, 5; @%p1 st.global.u32 [%d0], 1000; bar.sync 0; red.global.add.u32 [%d0], 1;"
+    body = "setp.eq.u32 %p1, %tx, 5; @%p1 st.global.u32 [%d0], 1000; bar.sync 0; red.global.add.u32 [%d0], 1;"
     for seed in SEEDS:
         memory = np.zeros(1, np.uint32)
         run(body, memory, threads=128, mode="adversarial", seed=seed)
@@ -159,7 +159,7 @@ def test_what_a_barrier_ordered_comes_before_the_atomics_of_the_others() -> None
 
 def test_the_end_of_a_kernel_publishes_all() -> None:
     body = (
-        "mov.u32 %r1, %ctaid.x; mad.lo.u32 %r1, %r1, 64, %tid; mad.wide.u32 %d1, %r1, 4, %d0; st.global.u32 [%d1], %r1;"
+        "mov.u32 %r1, %ctaid.x; mad.lo.u32 %r1, %r1, 64, %tx; mad.wide.u32 %d1, %r1, 4, %d0; st.global.u32 [%d1], %r1;"
     )
     for seed in SEEDS:
         memory = np.zeros(64 * 5, np.uint32)
@@ -171,9 +171,9 @@ def test_the_end_of_a_kernel_publishes_all() -> None:
 
 # as MESSAGE, but CTA 1 gets the data by a tensor copy of thread 0
 BY_TENSOR_COPY = """
-    setp.eq.u32 %p1, %tid, 0; mov.u32 %r1, %ctaid.x; setp.ne.u32 %p2, %r1, 0;
-    mad.wide.u32 %d4, %tid, 4, %d0; mad.wide.u32 %d5, %tid, 4, %d2; @%p2 bra RECEIVE;
-    add.u32 %r2, %tid, 1; st.global.u32 [%d4], %r2; bar.sync 0;
+    setp.eq.u32 %p1, %tx, 0; mov.u32 %r1, %ctaid.x; setp.ne.u32 %p2, %r1, 0;
+    mad.wide.u32 %d4, %tx, 4, %d0; mad.wide.u32 %d5, %tx, 4, %d2; @%p2 bra RECEIVE;
+    add.u32 %r2, %tx, 1; st.global.u32 [%d4], %r2; bar.sync 0;
     @%p1 atom.release.gpu.global.exch.b32 %r6, [%d1], 1; bra.uni DONE;
     RECEIVE: mov.b32 %r8, bar; mov.b32 %r9, tile; @!%p1 bra READY;
     SPIN: ld.acquire.gpu.global.u32 %r6, [%d1]; setp.eq.u32 %p3, %r6, 0; @%p3 bra SPIN;
@@ -182,7 +182,7 @@ BY_TENSOR_COPY = """
     cp.async.bulk.tensor.1d.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%d6, {{0}}], [%r8];
     READY: bar.sync 0;
     WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p4, [%r8], 0; @!%p4 bra WAIT;
-    mad.lo.u32 %r9, %tid, 4, %r9; ld.shared.u32 %r7, [%r9]; st.global.u32 [%d5], %r7;
+    mad.lo.u32 %r9, %tx, 4, %r9; ld.shared.u32 %r7, [%r9]; st.global.u32 [%d5], %r7;
     DONE:
 """
 

@@ -62,7 +62,7 @@ def patterns(values: np.ndarray, kind: str) -> np.ndarray:
 def fill(count: int) -> str:
     """Copy `count` bytes of array 0 to shared memory, and make them known to the async proxy."""
     return f"""
-    mov.b32 %r200, tile; mul.lo.u32 %r201, %tid, 16;
+    mov.b32 %r200, tile; mul.lo.u32 %r201, %tx, 16;
     FILL: setp.ge.u32 %p9, %r201, {count}; @%p9 bra FILLED;
     cvt.u64.u32 %d9, %r201; add.s64 %d9, %d0, %d9; ld.global.v4.b32 {{%r202, %r203, %r204, %r205}}, [%d9];
     add.u32 %r206, %r200, %r201; st.shared.v4.b32 [%r206], {{%r202, %r203, %r204, %r205}};
@@ -77,7 +77,7 @@ def accumulators(n: int) -> str:
 
 def store(n: int) -> str:
     lines = [f"st.global.f32 [%d8+{4 * i}], %f{i};" for i in range(n // 2)]
-    return f"mad.wide.u32 %d8, %tid, {2 * n}, %d1;" + "".join(lines)
+    return f"mad.wide.u32 %d8, %tx, {2 * n}, %d1;" + "".join(lines)
 
 
 def unpacked(out: np.ndarray) -> np.ndarray:
@@ -166,7 +166,7 @@ def test_a_from_registers(kind: str, mode: str) -> None:
     run(
         fill(len(data))
         + f"""
-        mad.wide.u32 %d7, %tid, 16, %d2; ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%d7];
+        mad.wide.u32 %d7, %tx, 16, %d2; ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%d7];
         wgmma.fence.sync.aligned; mov.b64 %d6, {descriptor(0, leading, stride, 32)};
         wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind}
             {accumulators(n)}, {{%r1, %r2, %r3, %r4}}, %d6, 0, 1, 1{", 1" if trans else ""};

@@ -136,6 +136,8 @@ def _convert(machine: Machine, ins: Instruction):
 
 def _to_float(ins: Instruction, to: str, source: str, rounding: str | None):
     sat, ftz = "sat" in ins.parts, "ftz" in ins.parts and to == "f32"
+    if sat and to == "bf16":
+        raise UnknownInstruction(ins.name)
     if source in ("u64", "s64") and (to in ("f16", "bf16") or rounding == "rz"):
         raise UnknownInstruction(ins.name)  # f64, through which integers pass, cannot hold all of them
 
