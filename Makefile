@@ -100,7 +100,7 @@ demo: $(STAMPS)/runtime $(STAMPS)/model $(STAMPS)/build
 	$(PY) examples/finetune_smollm2.py $(DEMO_FLAGS)
 
 test: $(STAMPS)/dev $(STAMPS)/old-triton $(STAMPS)/model $(STAMPS)/build
-	$(PY) -m pytest -n auto -m "not gpu" $(PYTEST_FLAGS)
+	$(PY) -m pytest -n auto --dist worksteal -m "not gpu" $(PYTEST_FLAGS)
 
 emulate: $(STAMPS)/dev $(STAMPS)/old-triton $(STAMPS)/build
 	$(PY) -m pytest -n auto -m emulator --emulator-json build/emulator.json $(PYTEST_FLAGS)

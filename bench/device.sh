@@ -44,7 +44,7 @@ else
   ACCURACY_SHAPES="512x1024x1024x16 512x1024x1024x128 4x4096x1024x16"
   SECONDS_A_GROUP=1.5
   TRITON="svdkern-triton"
-  TESTS="-m gpu"
+  TESTS="-m gpu --continue-on-collection-errors -n 4"
 fi
 export BENCH_RESULTS="$PARTS/results" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -109,8 +109,8 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
   else
     stage build 180 "$PYTHON" setup.py build_ext --inplace
   fi
-  stage doctor 30 "$PYTHON" -m svdkern doctor
-  stage tests 120 "$PYTHON" -m pytest -q $TESTS -p no:cacheprovider --junitxml="$PARTS/tests.xml"
+  stage doctor 90 "$PYTHON" -m svdkern doctor
+  stage tests 240 "$PYTHON" -m pytest -q $TESTS -p no:cacheprovider --junitxml="$PARTS/tests.xml"
   stage accuracy 60 "$PYTHON" -m svdkern bench accuracy --device "$DEVICE" --shapes $ACCURACY_SHAPES \
     --providers eager addmm materialised peft_default peft_bf16 svdkern-eager $TRITON svdkern
   stage ceilings 30 "$PYTHON" -m svdkern bench ceilings --device "$DEVICE"
@@ -118,7 +118,7 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
     --dtypes bf16 fp16 fp32 --providers frozen eager addmm peft_default peft_bf16 svdkern-eager $TRITON svdkern
   stage memory 60 "$PYTHON" -m svdkern bench memory --device "$DEVICE" --dtypes bf16 --shapes ${SHAPES%% *}
   stage compile 60 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes ${SHAPES%% *} --dtypes bf16 \
-    --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern --compile
+    --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern $TRITON --compile
   stage plots 45 "$PYTHON" -m svdkern bench report --plots
 }
 

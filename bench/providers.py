@@ -323,6 +323,13 @@ class SvdkernTriton(Svdkern):
 
     backend = "triton"
 
+    def __init__(self, operands: Operands) -> None:
+        super().__init__(operands)
+        from svdkern.backends import dispatch
+
+        if dispatch.choose(operands.x, "triton").name != "triton":  # eager's time is no result of this one
+            raise ValueError(f"skipped: {dispatch.why_not('triton', operands.x.device, operands.x.dtype)}")
+
 
 PROVIDERS: Mapping[str, type[Provider]] = {
     FROZEN: Frozen,

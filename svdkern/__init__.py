@@ -10,11 +10,14 @@ regularization                the method's own penalty on the factors
 linalg                        factors of a weight, exact residuals
 """
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 # A source checkout keeps the Triton kernels beside this package; installed they lie inside it.
-if (_root := Path(__file__).resolve().parent.parent).joinpath("triton_kernels", "tiles.py").is_file():
-    __path__.append(str(_root))
+if (_kernels := Path(__file__).resolve().parent.parent / "triton_kernels").joinpath("tiles.py").is_file():
+    sys.modules["svdkern.triton_kernels"] = triton_kernels = ModuleType("svdkern.triton_kernels")
+    triton_kernels.__path__ = [str(_kernels)]
 
 from svdkern import linalg
 from svdkern.checkpoint import load_adapter, save_adapter

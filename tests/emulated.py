@@ -11,12 +11,12 @@ import ptx_emulator
 import pytest
 import torch
 from ptx_emulator.compile import versions
-from svdkern.triton_kernels import launching, workspace
+from svdkern.triton_kernels import launching
 
 from svdkern.backends import dispatch
 
 OUTPUTS = {
-    "pack_kernel": ("first_out", "second_out"),
+    "pack_kernel": ("first_out", "second_out", "control"),
     "shrink_kernel": ("out",),
     "linear_kernel": ("y", "h_out"),
     "forward_kernel": ("y", "h_out"),
@@ -34,6 +34,7 @@ class Emulation:
     version: str | None = None  # of Triton; None: the interpreter's own
     mode: str = "convergent"
     seed: int = 0
+    scale_on_host: bool = False  # on a GPU it is a buffer of the layer as a rule
     ctas: int = 3  # what the kernels take for the number of processors
     record: Callable[[str, object], None] | None = None  # pytest's record_property
     statistics: dict[str, ptx_emulator.Statistics] | None = None  # by kernel, where somebody counts
@@ -69,10 +70,8 @@ def emulation(**options) -> Iterator[Emulation]:  # type: ignore[no-untyped-def]
         patch.setattr(launching, "processors", lambda device: how.ctas)
         patch.setattr(launching, "architecture", lambda device: how.arch)
         patch.setattr(launching, "triton_version", how.triton_version)
-        patch.setattr(launching, "stream", lambda device: 0)
-        patch.setattr(launching, "capturing", lambda device: False)
+        patch.setattr(launching, "on_host", lambda scale: how.scale_on_host)
         patch.setattr(dispatch, "why_not", lambda name, device, dtype: None)
-        patch.setattr(workspace, "_controls", {})
         dispatch._paths.clear()
         dispatch._chosen.clear()
         yield how

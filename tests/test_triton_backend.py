@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulated import Emulation, emulation
 from operands import RNG, cast, check, fused, operands, run
-from svdkern.triton_kernels import configs, launching, workspace
+from svdkern.triton_kernels import configs
 
 from svdkern import svd_linear
 from svdkern.backends import dispatch, triton
@@ -92,6 +92,22 @@ def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.4.0"))
     assert triton.why_missing() == "triton is 3.4.0, the kernels need 3.6 or later"
+
+
+def test_a_large_core_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    o = cast(operands(20, 40, 50, 33, form="core"), torch.float32, (torch.float32,) * 3)
+    dispatch.read_environment()
+    with emulation() as how, caplog.at_level(logging.WARNING, "svdkern"):
+        fused(o, backend="triton")
+    assert how.launches == []
+    assert "a core of r=33, the triton backend takes one of up to 32 in torch.float32" in caplog.text
+
+
+@pytest.mark.usefixtures("strict")
+def test_strict_refuses_a_large_core() -> None:
+    o = cast(operands(20, 40, 50, 33, form="core"), torch.float32, (torch.float32,) * 3)
+    with emulation(), pytest.raises(RuntimeError, match="a core of r=33"):
+        fused(o, backend="triton")
 
 
 def test_a_rank_above_512_falls_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -228,16 +244,72 @@ def test_dropout_bits_are_those_of_the_other_backends() -> None:
 
 @pytest.mark.emulator
 @pytest.mark.parametrize("seed", range(5))
-def test_one_workspace_serves_launch_after_launch(seed: int) -> None:
-    """Other x, other numbers of rows, one control block: the flags of an earlier launch are never believed."""
-    with emulation(mode="adversarial", seed=seed, ctas=5):
-        for rows in (300, 40, 300):
-            o = cast(operands(rows, 32, 40, 4), torch.bfloat16, (torch.float32,) * 3)
-            y = fused(o, backend="triton")
-            expected = fused({n: None if t is None else t.double() for n, t in o.items()}, backend="eager")
-            assert (y.double() - expected).abs().max() <= 0.01 * expected.abs().max()
-        (control,) = workspace._controls.values()
-        assert control[:3].tolist() == [0, 0, 3]
+def test_fewer_processors_than_tiles(seed: int) -> None:
+    """Row groups in several super-groups, few CTAs, unfair schedules: whoever waits, waits for a tile that somebody has."""
+    o = cast(operands(300, 32, 40, 4), torch.bfloat16, (torch.float32,) * 3)
+    dy = torch.randn(300, 40).bfloat16()
+    wanted = ("x", "u", "sigma", "v", "bias")
+    with emulation() as plain:
+        expected = run(lambda leaves: fused(leaves, backend="triton"), o, dy, wanted)
+    with emulation(mode="adversarial", seed=seed, ctas=2) as unfair:
+        got = run(lambda leaves: fused(leaves, backend="triton"), o, dy, wanted)
+    assert plain.launches == unfair.launches
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("rows", [3, 20])
+def test_small_operands_of_any_strides(rows: int) -> None:
+    form = {"sigma": {"sigma": torch.randn(4, 2)[:, 0]}, "core": {"core": torch.randn(4, 4).t()}}
+    for name, odd in form.items():
+        o = cast(operands(rows, 32, 40, 4, form=name), torch.float32, (torch.float32,) * 3)
+        o |= odd | {"bias": torch.randn(40, 2)[:, 1]}
+        wanted = ("x", "u", name, "v", "bias")
+        state = torch.stack([RNG, RNG], 1)[:, 0]
+        options = {"dropout_p": 0.3, "rng_state": state}
+        dy = torch.randn(rows, 40)
+        expected = run(lambda leaves: fused(leaves, backend="eager", **options), o, dy, wanted)  # noqa: B023
+        with emulation():
+            got = run(lambda leaves: fused(leaves, backend="triton", **options), o, dy, wanted)  # noqa: B023
+        for what, a, b in zip(("y", *wanted), got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda text, what=what: f"{what}: {text}")
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_scale_on_the_host_and_on_the_device(arch: int) -> None:
+    o = cast(operands(20, 32, 40, 4), torch.bfloat16, (torch.float32,) * 3)
+    found = []
+    for on_host in (True, False):
+        with emulation(arch=arch, scale_on_host=on_host):
+            found.append(run(lambda leaves: fused(leaves, backend="triton"), o, torch.randn(20, 40), ("x",))[0])
+    assert torch.equal(*found)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("arch", [80, 90])
+def test_tf32_where_pytorch_may(arch: int) -> None:
+    o = cast(operands(20, 32, 40, 4), torch.float32, (torch.float32,) * 3)
+    exact = fused({name: None if t is None else t.double() for name, t in o.items()}, backend="eager")
+    errors = []
+    before = torch.backends.cuda.matmul.fp32_precision
+    for precision in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        try:
+            with emulation(arch=arch):
+                errors.append(float((fused(o, backend="triton") - exact).abs().max() / exact.abs().max()))
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+    assert errors[0] < 1e-6 < errors[1] < 3e-3
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 4), (4, 0)])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_empty_sides(rows: int, k: int, n: int) -> None:
+    o = cast(operands(rows, k, n, 2), torch.float32, (torch.float32,) * 3)
+    with emulation(arch=90) as how:
+        assert torch.equal(fused(o, backend="triton"), fused(o, backend="eager"))
+    assert how.launches == []
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -247,26 +319,12 @@ def test_one_workspace_serves_launch_after_launch(seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [16, 32, 64, 128, 256, 512])
 def test_every_configuration_is_one_the_kernels_can_take(arch: int, dtype: torch.dtype, rank: int) -> None:
-    training = configs.training(arch, dtype, rank)
-    assert rank % min(rank, training.RT) == 0
-    for config in (training, configs.decoding(arch, dtype, rank)):
+    found = [configs.decoding(dtype, rank)]
+    for rows in (17, 10**5):
+        for core in (False, True) if rank <= configs.core_ranks(dtype) else (False,):
+            found.append(configs.training(arch, dtype, rank, core, rows, 4096, 132))
+            assert rank % found[-1].RT == 0
+            assert not core or found[-1].RT == rank
+    for config in found:
         assert all(n >= 16 and n & (n - 1) == 0 for n in (config.BM, config.BN, config.BK, config.BF, config.BD))
-    assert configs.decoding(arch, dtype, rank).BM >= configs.DECODE_M
-
-
-def test_which_wgmma_remedies_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda", 0)
-    found = {}
-    for arch in (80, 90, 100):
-        for version in ((3, 6), (3, 9)):
-            monkeypatch.setattr(launching, "architecture", lambda _, arch=arch: arch)
-            monkeypatch.setattr(launching, "triton_version", lambda version=version: version)
-            found[arch, version] = launching.wgmma(device)
-    assert found == {
-        (80, (3, 6)): 0,
-        (80, (3, 9)): 0,
-        (90, (3, 6)): 2,
-        (90, (3, 9)): 1,
-        (100, (3, 6)): 0,
-        (100, (3, 9)): 0,
-    }
+    assert found[0].BM >= configs.DECODE_M

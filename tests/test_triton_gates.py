@@ -27,6 +27,8 @@ BUDGETS = Path(__file__).with_name("triton_budgets.json")
 WRITE = os.environ.get("SVDKERN_WRITE_BUDGETS") == "1"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MOST_REGISTERS = 255
+MMA = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+SASS = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 QUICK = [(arch, dtype, r) for arch in (80, 90, 100) for dtype, r in (("bf16", 16), ("bf16", 128), ("fp32", 16))]
 ALL = [(arch, dtype, r) for arch in (80, 90, 100) for dtype in DTYPES for r in (16, 64, 128, 256, 512)]
@@ -61,9 +63,10 @@ def gates(arch: int, dtype: str, r: int, version: str) -> dict[str, Gate]:
     with emulation(arch=arch, version=version, ctas=132) as how, pytest.MonkeyPatch.context() as patch:
 
         def compile_only(kernel, grid, *arguments, **meta):  # type: ignore[no-untyped-def]
-            found[kernel.fn.__name__] = Gate(
-                kernel.fn.__name__, compile_launch(kernel, arguments, meta, arch, version)[0]
-            )
+            name = kernel.fn.__name__
+            if name in ("forward_kernel", "backward_kernel"):
+                name += f" {meta['BM']}x{meta['BN']}"
+            found[name] = Gate(name, compile_launch(kernel, arguments, meta, arch, version)[0])
 
         patch.setattr("svdkern.triton_kernels.launching.launch", compile_only)
         for rows in (256, 16):
@@ -71,14 +74,8 @@ def gates(arch: int, dtype: str, r: int, version: str) -> dict[str, Gate]:
             wanted = tuple(name for name in present(o) if name not in ("weight", "bias", "scale"))
             run(lambda leaves: fused(leaves, backend="triton"), o, torch.randn(rows, 512).to(DTYPES[dtype]), wanted)
         assert how.arch == arch
-    assert set(found) == {
-        "pack_kernel",
-        "forward_kernel",
-        "backward_kernel",
-        "reduce_kernel",
-        "shrink_kernel",
-        "linear_kernel",
-    }
+    kernels = {"pack_kernel", "forward_kernel", "backward_kernel", "reduce_kernel", "shrink_kernel", "linear_kernel"}
+    assert {name.split()[0] for name in found} == kernels
     return found
 
 
@@ -106,12 +103,12 @@ def check(arch: int, dtype: str, r: int, version: str) -> None:
 
 def _instructions(arch: int, dtype: str, found: dict[str, Gate]) -> None:
     """Tensor cores where the dtype has them, and wide or bulk loads of the operands."""
-    for name in ("forward_kernel", "backward_kernel"):
+    for name in (n for n in found if n.startswith(("forward_kernel", "backward_kernel"))):
         ptx, sass = found[name].compiled.ptx, found[name].mnemonics
         if dtype != "fp32":
-            assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in ptx
-            assert any(m.startswith({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]) for m in sass)
-        if arch == 80:
+            assert MMA[arch] in ptx
+            assert any(m.startswith(SASS[arch]) for m in sass)
+        if arch < 90:
             assert any(re.fullmatch(r"LDGSTS\.E(\.\w+)*\.128(\.\w+)*", m) for m in sass)
         elif dtype != "fp32":
             assert any(m.startswith("UTMALDG") for m in sass)

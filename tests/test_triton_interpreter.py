@@ -23,8 +23,6 @@ from svdkern.triton_kernels import launching
 
 launching.processors = lambda device: 2
 launching.architecture = lambda device: 80
-launching.stream = lambda device: 0
-launching.capturing = lambda device: False
 dispatch.why_not = lambda name, device, dtype: None
 for dtype in (torch.float32, torch.float16):
     for rows in (3, 40):

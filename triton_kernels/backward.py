@@ -3,9 +3,9 @@
 A super-group of HEIGHT row groups (BM rows each) has, in the order of its tickets (a piece of RT ranks each but for dx),
 
     p-tiles     p = dy V        t = s p * g        q = t * sigma | t R^T        z = s (h * sigma | h R) * g
-                q, z -> (M, R) in T, flag of the group; partial sums over the group's rows of
+                q, z -> (M, R) in T, the counters of the group and of the super-group; partial sums over the group's rows of
                 dsigma = h * t        dR = h^T t        ds = p * z / s        and, row by row, dg = s p * (h * sigma | h R)
-    dx-tiles    dx = dy W + D * (q U^T), (BM, BK_OUT): as in forward.py; with dropout the adapter comes first, and its mask
+    dx-tiles    dx = dy W + D * (q U^T), (BM, BN): as in forward.py; with dropout the adapter comes first, and its mask
     dU-tiles    (D * x)^T q over the super-group's rows: (BF, R), output-stationary
     dV-tiles    dy^T z likewise, and db = the sum of dy
 
@@ -27,11 +27,10 @@ from . import launching
 from .configs import Config
 from .reduce import Sum, reduce
 from .tiles import (
+    COUNTERS,
     adapter_step,
-    consume_all,
-    current_epoch,
+    consume,
     fence_async_proxy,
-    finish,
     keep,
     kind,
     load_rows,
@@ -102,7 +101,6 @@ def backward_kernel(
     per_group = PIECES + x_tiles
     whole = HEIGHT * per_group + u_tiles + v_tiles  # tiles of a super-group
     tickets = (groups - 1) * whole + (row_groups - (groups - 1) * HEIGHT) * per_group + u_tiles + v_tiles
-    epoch = current_epoch(control)
     ticket = take_ticket(control)
     while ticket < tickets:
         super_group = tl.minimum(ticket // whole, groups - 1)
@@ -111,7 +109,6 @@ def backward_kernel(
         height = tl.minimum(HEIGHT, row_groups - first)
         if place < height * PIECES:  # --------------------------------------------------------------------- p-tile
             group, piece = first + place % height, place // height
-            flag = group * PIECES + piece
             rows, rank = group * BM + tl.arange(0, BM), piece * RT + tl.arange(0, RT)
             s = load_scale(scale, SCALE_ON_DEVICE)
             if NEEDS_H:
@@ -136,7 +133,7 @@ def backward_kernel(
                     both = p * modulated
                     if GATED:
                         both *= g
-                    tl.store(dscale + flag, tl.sum(both))
+                    tl.store(dscale + group * PIECES + piece, tl.sum(both))
                 if GATED:
                     t *= g
                 if WANT_SIGMA:
@@ -146,7 +143,8 @@ def backward_kernel(
                     store_rows(dcore + group.to(tl.int64) * r * r, products, rank, r, rank, r)
                 if WANT_X or WANT_U:
                     store_rows(q, modulate(t, sigma, core, rank, r, True, KIND, T, PRECISION), rows, M, rank, R)
-            publish(control, flag, epoch)
+            publish(control, group)
+            publish(control, row_groups + super_group)
         elif place < height * per_group:  # ----------------------------------------------------------- dx-tile
             if WANT_X:
                 place -= height * PIECES
@@ -154,7 +152,7 @@ def backward_kernel(
                 rows, columns = group * BM + tl.arange(0, BM), column + tl.arange(0, BN)
                 acc = tl.zeros((BM, BN), tl.float32)
                 if DROPOUT:  # the mask falls on the adapter's part alone
-                    consume_all(control, group, 1, epoch, PIECES)
+                    consume(control, group, PIECES)
                     acc = adapter_step(acc, q, rows, M, u, columns, K, R, RT, PRECISION)
                     acc = tl.where(keep(rows, column, rng_state, threshold, BN), acc * keep_scale, 0.0)
                 if BASE:
@@ -166,13 +164,13 @@ def backward_kernel(
                             rng_state, threshold, BK, False, PRECISION, WGMMA,
                         )  # fmt: skip
                 if not DROPOUT:
-                    consume_all(control, group, 1, epoch, PIECES)
+                    consume(control, group, PIECES)
                     acc = adapter_step(acc, q, rows, M, u, columns, K, R, RT, PRECISION)
                 dx_at = dx + rows[:, None].to(tl.int64) * stride_dx + columns[None, :]
                 tl.store(dx_at, acc.to(T), mask=(rows < M)[:, None] & (columns < K)[None, :])
         else:  # ---------------------------------------------------------------------------------- dU- and dV-tiles
             tile = place - height * per_group
-            consume_all(control, first, height, epoch, PIECES)
+            consume(control, row_groups + super_group, height * PIECES)
             first_row, last_row = first * BM, tl.minimum((first + height) * BM, M)
             if tile < u_tiles:
                 if WANT_U:
@@ -190,7 +188,6 @@ def backward_kernel(
                         rng_state, threshold, keep_scale, BF, BD, False, WANT_V, WANT_BIAS, PRECISION, WGMMA,
                     )  # fmt: skip
         ticket = take_ticket(control)
-    finish(control, epoch)
 
 
 class Want(NamedTuple):
@@ -204,6 +201,12 @@ class Want(NamedTuple):
     scale: bool
     core: bool
     gate: bool
+
+
+def control(dy: Tensor, config: Config) -> Tensor:
+    """Ticket and counters of a launch, for pack to zero: one for each row group, then one for each super-group."""
+    row_groups = triton.cdiv(dy.shape[0], config.BM)
+    return dy.new_empty(COUNTERS.value + row_groups + triton.cdiv(row_groups, config.HEIGHT), dtype=torch.int32)
 
 
 def backward(
@@ -240,16 +243,17 @@ def backward(
         "bias": sums(want.bias, groups, out),
     }
     dx, dgate = outs.get("x"), outs.get("gate")
+    on_host = launching.on_host(scale)
     launching.launch(
         backward_kernel, (min(row_groups * (pieces + x_tiles) + groups * fill, ctas),),
         control, dy, dy.stride(0), weight, *((0, 0) if weight is None else weight.stride()), rows, out, width,
         launching.descriptor(dy, [BM, BK]) if tma else None, launching.descriptor(weight, [BK, BN]) if tma else None,
         x, 0 if x is None else x.stride(0), u, v, v.stride(0), h, r, sigma, core, gate,
-        scale.item() if scale.is_cpu else scale, dx, 0 if dx is None else dx.stride(0), *between,
+        scale.item() if on_host else scale, dx, 0 if dx is None else dx.stride(0), *between,
         partial["sigma"], partial["core"], partial["scale"], dgate, partial["u"], partial["v"], partial["bias"],
         rng_state, threshold, keep_scale,
         R=R, RT=RT, BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, BF=BF, BD=config.BD, KIND=kind(sigma, core), GATED=gate is not None,
-        SCALE_ON_DEVICE=not scale.is_cpu, DROPOUT=threshold > 0, BASE=weight is not None, WANT_P=wants_p, WANT_X=want.x,
+        SCALE_ON_DEVICE=not on_host, DROPOUT=threshold > 0, BASE=weight is not None, WANT_P=wants_p, WANT_X=want.x,
         WANT_U=want.u, WANT_SIGMA=want.sigma, WANT_V=want.v, WANT_BIAS=want.bias, WANT_SCALE=want.scale,
         WANT_CORE=want.core, WANT_GATE=want.gate, TMA=tma, PRECISION=precision, WGMMA=launching.wgmma(dy.device),
         num_warps=config.num_warps, num_stages=config.num_stages,

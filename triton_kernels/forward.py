@@ -2,11 +2,11 @@
 
 Tiles of two kinds in one order. A super-group of HEIGHT row groups (BM rows each) has HEIGHT z-tiles (a piece of RT ranks each)
 
-    h = (D * x) U        z = s (h * sigma | h R) * g        -> z (M, R) in T, h (M, r) kept for the backward, flag of the group
+    h = (D * x) U        z = s (h * sigma | h R) * g        -> z (M, R) in T, h (M, r) kept for the backward, the group's counter
 
 and then its y-tiles (BM, BN), m running fastest so that HEIGHT tiles share a tile of W in the L2:
 
-    acc = x W over K in steps of BK; wait for the group's flag; acc += z V^T, one step of R; y = acc + b, rounded once
+    acc = x W over K in steps of BK; wait for the group's counter; acc += z V^T, one step of R; y = acc + b, rounded once
 
 x comes into the L2 for the z-tile and is there for the y-tiles; y is written once and never read. Tiles are taken by a
 ticket; a y-tile depends on a z-tile of a lower ticket, so there is no deadlock whatever else runs on the GPU (tiles.py).
@@ -16,6 +16,7 @@ tensor descriptors. Triton issues a loop's loads early, ahead of any wait in it:
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,10 +24,9 @@ from torch import Tensor
 from . import launching
 from .configs import Config
 from .tiles import (
+    COUNTERS,
     adapter_step,
-    consume_all,
-    current_epoch,
-    finish,
+    consume,
     kind,
     load_rows,
     load_scale,
@@ -52,7 +52,6 @@ def forward_kernel(
     tl.static_assert(PIECES == 1 or KIND != "core")
     row_groups, column_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
     per_group = PIECES + column_tiles
-    epoch = current_epoch(control)
     ticket = take_ticket(control)
     while ticket < row_groups * per_group:
         first = ticket // (HEIGHT * per_group) * HEIGHT
@@ -75,7 +74,7 @@ def forward_kernel(
             if GATED:
                 modulated *= load_rows(gate, rows, M, rank, r)
             store_rows(z, modulated, rows, M, rank, R)
-            publish(control, group * PIECES + piece, epoch)
+            publish(control, group)
         else:
             place -= height * PIECES
             group, column = first + place % height, place // height * BN
@@ -88,14 +87,18 @@ def forward_kernel(
                     acc, x, stride_x, rows, M, weight, stride_wk, stride_wn, columns, N, 0, K,
                     rng_state, threshold, BK, False, PRECISION, WGMMA,
                 )  # fmt: skip
-            consume_all(control, group, 1, epoch, PIECES)
+            consume(control, group, PIECES)
             acc = adapter_step(acc, z, rows, M, v, columns, N, R, RT, PRECISION)
             if BIAS:
                 acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
             y_at = y + rows[:, None].to(tl.int64) * stride_y + columns[None, :]
             tl.store(y_at, acc.to(T), mask=(rows < M)[:, None] & (columns < N)[None, :])
         ticket = take_ticket(control)
-    finish(control, epoch)
+
+
+def control(x: Tensor, config: Config) -> Tensor:
+    """Ticket and counters of a launch, for pack to zero."""
+    return x.new_empty(COUNTERS.value + triton.cdiv(x.shape[0], config.BM), dtype=torch.int32)
 
 
 def forward(
@@ -115,14 +118,15 @@ def forward(
     R = v.shape[1]
     RT = min(R, config.RT)
     tiles = row_groups * (triton.cdiv(out, BN) + R // RT)
+    on_host = launching.on_host(scale)
     launching.launch(
         forward_kernel, (min(tiles, ctas),),
         control, x, x.stride(0), weight, *weight.stride(), rows, out, width,
         launching.descriptor(x, [BM, BK]) if tma else None, launching.descriptor(weight, [BN, BK]) if tma else None,
-        u, u.stride(0), v, z, r, sigma, core, gate, scale.item() if scale.is_cpu else scale, bias, y, y.stride(0), h,
+        u, u.stride(0), v, z, r, sigma, core, gate, scale.item() if on_host else scale, bias, y, y.stride(0), h,
         rng_state, threshold, keep_scale,
         R=R, RT=RT, BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, KIND=kind(sigma, core), GATED=gate is not None,
-        SCALE_ON_DEVICE=not scale.is_cpu, BIAS=bias is not None, SAVE_H=h is not None, DROPOUT=threshold > 0,
+        SCALE_ON_DEVICE=not on_host, BIAS=bias is not None, SAVE_H=h is not None, DROPOUT=threshold > 0,
         TMA=tma, PRECISION=precision, WGMMA=launching.wgmma(x.device),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

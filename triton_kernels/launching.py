@@ -54,14 +54,9 @@ def wgmma(device: torch.device) -> int:
     return 1 if triton_version() >= (3, 7) else 2
 
 
-def stream(device: torch.device) -> int:
-    """The current stream's handle."""
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether the current stream is being captured into a CUDA graph."""
-    return torch.cuda.is_current_stream_capturing()
+def on_host(scale: torch.Tensor) -> bool:
+    """Whether a scale is a number of the launch; otherwise the kernels read it from memory."""
+    return scale.is_cpu
 
 
 def descriptor(matrix: Any, block: list[int]) -> Any:

@@ -1,11 +1,9 @@
-"""One tile of y a program, the adapter's z made from partial sums:  y = a W + D * (z F^T) + b.
+"""One tile of y a program, the adapter's z made from partial sums:  y = x W + z V^T + b.
 
-    h = sum_s partial[s][rows, :]        z = s (h * sigma | h R) * g  or, backward, q = t * sigma | t R^T with t = s h * g
-    acc = z F^T                          [D * acc with dropout]      acc += a W        y = acc + b, rounded once
+    h = sum_s partial[s][rows, :]        z = s (h * sigma | h R) * g        y = x W + z V^T + b, rounded once
 
-W is the frozen weight (N, K): contracted over K for y (weight.stride() = (K, 1) as b(k, n) = W[n, k]), over N for dx. The
-second of two launches (shrink.py is the first): few rows, where W is read once and nothing else counts, and the candidate
-"split" for many. Programs of the first column of tiles also write h for the backward.
+The second of two launches (shrink.py is the first): few rows, where W is read once and nothing else counts; or no W at all.
+Programs of the first column of tiles also write h for the backward.
 """
 
 from __future__ import annotations
@@ -16,61 +14,34 @@ from torch import Tensor
 
 from . import launching
 from .configs import Config
-from .tiles import keep, kind, load_rows, load_scale, modulate, product, store_rows
+from .tiles import kind, load_rows, load_scale, modulate, product, store_rows
 
 
-@triton.jit
-def adapter_rows(
-    partial, splits, rows, M, r, sigma, core, gate, s, R: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
-    BACKWARD: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "threshold", "splits"])
+def linear_kernel(
+    x, stride_x, M, K, weight, stride_wn, stride_wk, N, partial, splits, v, r, sigma, core, gate, scale, bias, y, stride_y, h_out,
+    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
-    """(h, z) of a tile of rows, from the partial sums of h (or, backward, (p, q) from those of p)."""
+    T: tl.constexpr = y.dtype.element_ty
+    rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     rank = tl.arange(0, R)
     h = load_rows(partial, rows, M, rank, r)
     for _ in range(1, splits):
         partial += tl.cast(M, tl.int64) * r
         h += load_rows(partial, rows, M, rank, r)
-    if BACKWARD:
-        t = h * s
-        if GATED:
-            t *= load_rows(gate, rows, M, rank, r)
-        return h, modulate(t, sigma, core, rank, r, True, KIND, T, PRECISION)
-    z = modulate(h, sigma, core, rank, r, False, KIND, T, PRECISION) * s
+    if tl.program_id(1) == 0:
+        store_rows(h_out, h, rows, M, rank, r)
+    z = modulate(h, sigma, core, rank, r, False, KIND, T, PRECISION) * load_scale(scale, SCALE_ON_DEVICE)
     if GATED:
         z *= load_rows(gate, rows, M, rank, r)
-    return h, z
-
-
-@triton.jit(do_not_specialize=["M", "threshold", "splits"])
-def linear_kernel(
-    a, stride_a, M, K, weight, stride_wk, stride_wn, N, partial, splits, factor, r, sigma, core, gate, scale, bias,
-    y, stride_y, h_out, rng_state, threshold, keep_scale,
-    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
-    BACKWARD: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, SAVE_H: tl.constexpr,
-    DROPOUT: tl.constexpr, ADAPTER: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
-):  # fmt: skip
-    T: tl.constexpr = y.dtype.element_ty
-    rows = tl.program_id(1) * BM + tl.arange(0, BM)
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    if ADAPTER:
-        s = load_scale(scale, SCALE_ON_DEVICE)
-        h, z = adapter_rows(partial, splits, rows, M, r, sigma, core, gate, s, R, KIND, GATED, BACKWARD, T, PRECISION)
-        if SAVE_H:
-            if tl.program_id(0) == 0:
-                store_rows(h_out, h, rows, M, tl.arange(0, R), r)
-        rank = tl.arange(0, R)
-        at = factor + columns[None, :].to(tl.int64) * R + rank[:, None]
-        f = tl.load(at, mask=(columns < N)[None, :], other=0.0)
-        acc = tl.dot(z.to(T), f, acc, input_precision=PRECISION)
-        if DROPOUT:
-            kept = keep(rows, tl.program_id(0) * BN, rng_state, threshold, BN)
-            acc = tl.where(kept, acc * keep_scale, 0.0)
+    f = tl.load(v + columns[None, :].to(tl.int64) * R + rank[:, None], mask=(columns < N)[None, :], other=0.0)
+    acc = tl.dot(z.to(T), f, tl.zeros((BM, BN), tl.float32), input_precision=PRECISION)
     if BASE:
         acc = product(
             acc,
-            a,
-            stride_a,
+            x,
+            stride_x,
             rows,
             M,
             weight,
@@ -80,8 +51,8 @@ def linear_kernel(
             N,
             0,
             K,
-            rng_state,
-            threshold,
+            None,
+            0,
             BK,
             False,
             PRECISION,
@@ -94,23 +65,20 @@ def linear_kernel(
 
 
 def linear(
-    a: Tensor, weight: Tensor | None, transposed: bool, partial: Tensor | None, factor: Tensor, r: int,
-    sigma: Tensor | None, core: Tensor | None, gate: Tensor | None, scale: Tensor, bias: Tensor | None, y: Tensor,
-    h: Tensor | None, rng_state: Tensor | None, threshold: int, keep_scale: float, config: Config, precision: str,
+    x: Tensor, weight: Tensor | None, partial: Tensor, v: Tensor, r: int, sigma: Tensor | None, core: Tensor | None,
+    gate: Tensor | None, scale: Tensor, bias: Tensor | None, y: Tensor, h: Tensor, config: Config, precision: str,
 ) -> None:  # fmt: skip
-    """y = a weight^T + z F^T + b, or (transposed) y = a weight + D * (q F^T), from the partial sums of h (or p).
+    """y (M, N) and h (M, r) fp32 from the partial sums (splits, M, r) of h.
 
-    a (M, K) row-major; weight (N, K), any strides; partial (splits, M, r); factor packed (out, R).
+    x (M, K) row-major; weight (N, K), any strides; v packed (N, R); gate (M, r) fp32.
     """
-    rows, depth = a.shape
-    out = y.shape[1]
-    strides = (0, 0) if weight is None else weight.stride() if transposed else weight.stride()[::-1]
+    (rows, width), out = x.shape, y.shape[1]
+    on_host = launching.on_host(scale)
     launching.launch(
-        linear_kernel, (triton.cdiv(out, config.BN), triton.cdiv(rows, config.BM)),
-        a, a.stride(0), rows, depth, weight, *strides, out, partial, 1 if partial is None else partial.shape[0], factor, r,
-        sigma, core, gate, scale.item() if scale.is_cpu else scale, bias, y, y.stride(0), h, rng_state, threshold, keep_scale,
-        R=factor.shape[1], BM=config.BM, BN=config.BN, BK=config.BK, KIND=kind(sigma, core), GATED=gate is not None,
-        BACKWARD=transposed, SCALE_ON_DEVICE=not scale.is_cpu, BIAS=bias is not None, SAVE_H=h is not None,
-        DROPOUT=threshold > 0, ADAPTER=partial is not None, BASE=weight is not None, PRECISION=precision,
-        WGMMA=launching.wgmma(a.device), num_warps=config.num_warps, num_stages=config.num_stages,
+        linear_kernel, (triton.cdiv(rows, config.BM), triton.cdiv(out, config.BN)),
+        x, x.stride(0), rows, width, weight, *((0, 0) if weight is None else weight.stride()), out,
+        partial, partial.shape[0], v, r, sigma, core, gate, scale.item() if on_host else scale, bias, y, y.stride(0), h,
+        R=v.shape[1], BM=config.BM, BN=config.BN, BK=config.BK, KIND=kind(sigma, core), GATED=gate is not None,
+        SCALE_ON_DEVICE=not on_host, BIAS=bias is not None, BASE=weight is not None, PRECISION=precision,
+        WGMMA=launching.wgmma(x.device), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -2,8 +2,9 @@
 
     factor (L, r), any strides and float dtype  ->  rows (L, R)  for z F^T        or  columns (R, L)  for a F
 
-One launch packs both factors of a layer: programs [0, ceil(L0 / BLOCK)) the first, the others the second. Floor: one read
-of the factors, L r numbers; every call packs anew, so nobody has to say when a factor changed.
+One launch packs both factors of a layer: programs [0, ceil(L0 / BLOCK)) the first, the others the second. Program 0 also
+zeroes the tickets and counters of the persistent launch that follows. Floor: one read of the factors, L r numbers; every call
+packs anew, so nobody has to say when a factor changed.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ def pack_tile(
     tl.store(to, values.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counters"])
 def pack_kernel(
     first, first_row, first_rank, L0, first_out, first_out_row, first_out_rank,
     second, second_row, second_rank, L1, second_out, second_out_row, second_out_rank,
-    r, R: tl.constexpr, BLOCK: tl.constexpr,
+    r, control, counters, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
+    if control is not None:
+        if block == 0:
+            for start in range(0, counters, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                tl.store(control + at, 0, mask=at < counters)
     blocks = tl.cdiv(L0, BLOCK)
     if block < blocks:
         pack_tile(first, first_row, first_rank, L0, r, first_out, first_out_row, first_out_rank, block, R, BLOCK)
@@ -49,9 +55,14 @@ def padded(r: int) -> int:
 
 
 def pack(
-    first: Tensor, first_rows: bool, second: Tensor, second_rows: bool, dtype: torch.dtype
+    first: Tensor,
+    first_rows: bool,
+    second: Tensor,
+    second_rows: bool,
+    dtype: torch.dtype,
+    control: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both factors packed, each as rows (L, R) or as columns (R, L)."""
+    """Both factors packed, each as rows (L, R) or as columns (R, L); control (int32) zeroed."""
     r = first.shape[1]
     R = padded(r)
     outs = []
@@ -64,12 +75,12 @@ def pack(
         (out.stride(0), 1) if rows else (1, out.stride(0))
         for out, rows in zip(outs, (first_rows, second_rows), strict=True)
     ]
-    block = 64
+    block = 64  # rows of a program
     grid = (triton.cdiv(first.shape[0], block) + triton.cdiv(second.shape[0], block),)
     launching.launch(
         pack_kernel, grid,
         first, first.stride(0), first.stride(1), first.shape[0], outs[0], *strides[0],
         second, second.stride(0), second.stride(1), second.shape[0], outs[1], *strides[1],
-        r, R=R, BLOCK=block, num_warps=4,
+        r, control, 0 if control is None else control.numel(), R=R, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return outs[0], outs[1]

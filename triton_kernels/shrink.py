@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .configs import Config
 from .tiles import product, store_rows
 
 
@@ -35,10 +36,11 @@ def shrink_kernel(
 
 def shrink(
     a: Tensor, columns: Tensor, r: int, rng_state: Tensor | None, threshold: int, keep_scale: float, precision: str,
-    splits: int, *, BM: int, BK: int, num_warps: int, num_stages: int,
+    splits: int, config: Config,
 ) -> Tensor:  # fmt: skip
     """(splits, M, r) partial sums; a (M, K) row-major, columns: the factor packed (R, K)."""
     rows, width = a.shape
+    BM, BK = config.BM, config.BK
     per_split = -(-width // (splits * BK)) * BK
     splits = -(-width // per_split)
     out = torch.empty(splits, rows, r, dtype=torch.float32, device=a.device)
@@ -46,6 +48,6 @@ def shrink(
         shrink_kernel, (triton.cdiv(rows, BM), splits),
         a, a.stride(0), rows, width, columns, columns.stride(0), r, out, rng_state, threshold, keep_scale, per_split,
         R=columns.shape[0], BM=BM, BK=BK, DROPOUT=threshold > 0, PRECISION=precision,
-        WGMMA=launching.wgmma(a.device), num_warps=num_warps, num_stages=num_stages,
+        WGMMA=launching.wgmma(a.device), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""What the kernels share on the device: tiles of a product, the modulation between the factors, dropout, tickets and flags.
+"""What the kernels share on the device: tiles of a product, the modulation between the factors, dropout, tickets and counters.
 
     product    acc += a[rows, :] b[:, columns]              a (M, K) row-major, b (K, N) by its strides; any tails
     modulate   h * sigma | h R, and backward t * sigma | t R^T
@@ -77,7 +77,8 @@ def adapter_step(acc, z, rows, M, factor, columns, N, R: tl.constexpr, RT: tl.co
 def load_scale(scale, ON_DEVICE: tl.constexpr):
     if ON_DEVICE:
         return tl.load(scale).to(tl.float32)
-    return scale
+    else:
+        return scale
 
 
 @triton.jit
@@ -143,21 +144,14 @@ def keep(rows, column, rng_state, threshold, WIDTH: tl.constexpr):
     return tl.interleave(low, high) >= threshold
 
 
-# --------------------------------------------------------------------------------------------------- tickets and flags
+# --------------------------------------------------------------------------------------------------- tickets and counters
 #
-# control: int32 [ticket, done, epoch, flags], zeros at first; a row group has a flag for each of its PIECES = R / RT tiles. A
-# tile depends only on tiles of lower tickets, so what a CTA waits for is held by one that runs. The epoch is read from memory,
-# not passed: a captured graph that is replayed must not believe the flags of its last run.
+# control: int32 [ticket, counters], zeroed by the launch of pack.py that stands before. A tile depends only on tiles of lower
+# tickets, so what a CTA waits for is held by one that runs. A counter says how many tiles of a row group, or of a super-group,
+# have published their rows.
 
 TICKET = tl.constexpr(0)
-DONE = tl.constexpr(1)
-EPOCH = tl.constexpr(2)
-FLAGS = tl.constexpr(3)
-
-
-@triton.jit
-def current_epoch(control):
-    return tl.load(control + EPOCH, volatile=True) + 1
+COUNTERS = tl.constexpr(1)
 
 
 @triton.jit
@@ -166,30 +160,15 @@ def take_ticket(control):
 
 
 @triton.jit
-def publish(control, flag, epoch):
-    """All stores of this CTA before here become visible to whoever consumes this flag."""
+def publish(control, counter):
+    """All stores of this CTA before here become visible to whoever sees this counter move."""
     tl.debug_barrier()  # Triton 3.6 puts none before an atomic
-    tl.atomic_xchg(control + FLAGS + flag, epoch, sem="release")
+    tl.atomic_add(control + COUNTERS + counter, 1, sem="release")
 
 
 @triton.jit
-def consume(control, flag, epoch):
-    while tl.atomic_or(control + FLAGS + flag, 0, sem="acquire") != epoch:
+def consume(control, counter, count):
+    """Wait until `count` tiles have published."""
+    while tl.atomic_or(control + COUNTERS + counter, 0, sem="acquire") < count:
         pass
     tl.debug_barrier()  # one thread looked; the others must not run ahead of it
-
-
-@triton.jit
-def finish(control, epoch):
-    """The last CTA to end resets the ticket and moves the epoch on."""
-    if tl.atomic_add(control + DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(control + TICKET, 0)
-        tl.store(control + DONE, 0)
-        tl.store(control + EPOCH, epoch)
-
-
-@triton.jit
-def consume_all(control, first, height, epoch, PIECES: tl.constexpr):
-    """The flags of `height` row groups, PIECES each."""
-    for flag in range(first * PIECES, (first + height) * PIECES):
-        consume(control, flag, epoch)

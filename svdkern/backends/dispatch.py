@@ -26,7 +26,7 @@ log = logging.getLogger("svdkern")
 BACKENDS: dict[str, Backend] = {
     "eager": cpu.PATHS["eager"],
     "cpu": cpu.PATHS["fused"],
-    "triton": triton.TritonBackend(),
+    "triton": triton.TritonBackend(lambda reason: _fall_back("triton", reason)),
 }
 
 MOST_KEPT = 4096
@@ -95,7 +95,7 @@ def choose_path(a: Tensor, factor: Tensor, requested: str | None, threshold: int
     Raises:
         ValueError, RuntimeError: as ``choose``.
     """
-    key = (requested, a.is_cpu, a.dtype, a.shape, factor.shape, threshold != 0, backward)
+    key = (requested, a.is_cpu or a.device, a.dtype, a.shape, factor.shape, threshold != 0, backward)
     try:
         found = _paths.get(key)
     except TypeError:  # sizes without a value, as a tracer has them: one call serves them all
@@ -121,8 +121,6 @@ def _look_up(
         if _environment.autotune and requested != "":
             keep = choices.autotune(shape, a.dtype)
         found = cpu.PATHS[_path(shape, a.dtype, requested, threshold).path]
-    elif found is BACKENDS["triton"] and factor.shape[1] > triton.LARGEST_R:
-        found = _fall_back("triton", f"r={factor.shape[1]}, the triton backend takes r up to {triton.LARGEST_R}")
     if keep:
         _paths[key] = found
     return found
@@ -155,7 +153,7 @@ def choose(x: Tensor, requested: str | None) -> Backend:
         RuntimeError: ``SVDKERN_STRICT=1`` and the requested backend, or the compiled one for this device, cannot serve x.
     """
     name = requested or _environment.backend
-    key = (name, x.device.type, x.dtype)
+    key = (name, x.device, x.dtype)
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = _decide(name, x.device, x.dtype)
@@ -190,7 +188,7 @@ def _check_name(name: str, what: str) -> None:
 
 
 _said: set[str] = set()
-_chosen: dict[tuple[str | None, str, torch.dtype], Backend] = {}
+_chosen: dict[tuple[str | None, torch.device, torch.dtype], Backend] = {}
 _paths: dict[tuple[object, ...], Backend] = {}
 _alone = True
 _environment = Environment(None, False, False)

@@ -1,7 +1,8 @@
-"""The Triton backend: NVIDIA GPUs of compute capability 8.0 and later, whole calls in one launch each.
+"""The Triton backend: NVIDIA GPUs of compute capability 8.0 and later.
 
-    more than 16 rows    forward: pack, then one persistent launch; backward: pack, one persistent launch, one reduction
-    up to 16 rows        forward: pack, shrink, linear (W is read once)
+    more than 16 rows           forward: pack, then one persistent launch
+    up to 16 rows, or no W      forward: pack, shrink, linear (W is read once)
+    backward                    pack, one persistent launch, one reduction
 
 Layer: like ``cpu``; the kernels are in ``triton_kernels``. It takes float32, bfloat16 and float16 activations, r up to 512,
 and any strides (an x or dy whose rows are not contiguous is copied). A weight of another dtype than x's is cast at every call.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,9 +59,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class TritonBackend(EagerBackend):
-    """Whole calls by the Triton kernels. PyTorch's operators: no rows, everything dropped, r > 512, a core of many ranks."""
+    """Whole calls by the Triton kernels; PyTorch's operators where something is empty, everything is dropped, r is too large."""
 
     name = "triton"
+
+    def __init__(self, refuse: Callable[[str], object]) -> None:
+        self.refuse = refuse  # called with the reason where a call asks for what the kernels do not have
 
     def forward(
         self,
@@ -78,52 +82,33 @@ class TritonBackend(EagerBackend):
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
         rows, r = math.prod(x.shape[:-1]), u.shape[1]
-        if threshold == DROPS_ALL or not rows or r > LARGEST_R or _core_is_large(core, x, r):
+        if threshold == DROPS_ALL or not (rows and u.numel() and v.numel()) or not self._serves(x.dtype, r, core):
             return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         from svdkern.triton_kernels import configs, forward, launching, linear, pack, shrink
 
-        a, out, R = _rows(x), v.shape[0], pack.padded(r)
+        a, (out, R), precision = _rows(x), (v.shape[0], pack.padded(r)), _precision(x.dtype)
         weight = None if weight is None else cast(weight, a.dtype)
+        sigma, core, bias, rng_state = _packed(sigma), _packed(core), _packed(bias), _packed(rng_state)
         g = _dense(gate, index, rows, r)
         h = a.new_empty(rows, r, dtype=torch.float32)
         y = a.new_empty(rows, out)
-        columns, packed = pack.pack(u, False, v, True, a.dtype)
-        factor = keep_scale(threshold)
-        arch = launching.architecture(a.device)
         if rows <= configs.DECODE_M or weight is None:
-            config = configs.decoding(arch, a.dtype, R)
-            splits = min(16, max(1, a.shape[1] // (4 * config.BK)))
+            columns, factor = pack.pack(u, False, v, True, a.dtype)
+            config = configs.decoding(a.dtype, R)
+            splits = max(1, a.shape[1] // (4 * config.BK)) if rows <= configs.DECODE_M else 1
             partial = shrink.shrink(
-                a, columns, r, rng_state, threshold, factor, _precision(a.dtype), splits,
-                BM=config.BM, BK=config.BK, num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
-            linear.linear(
-                a,
-                weight,
-                False,
-                partial,
-                packed,
-                r,
-                sigma,
-                core,
-                g,
-                scale,
-                bias,
-                y,
-                h,
-                None,
-                0,
-                1.0,
-                config,
-                _precision(a.dtype),
+                a, columns, r, rng_state, threshold, keep_scale(threshold), precision, min(16, splits), config
             )
-        else:
-            config = configs.training(arch, a.dtype, R)
-            forward.forward(
-                a, weight, columns, packed, r, sigma, core, g, scale, bias, y, a.new_empty(rows, R), h, rng_state, threshold,
-                factor, _control(a.device, rows, R, config), config, launching.processors(a.device),
-                _precision(a.dtype), _tma(arch, a, weight),
-            )  # fmt: skip
+            linear.linear(a, weight, partial, factor, r, sigma, core, g, scale, bias, y, h, config, precision)
+            return as_shaped(y, x), h
+        arch, processors = launching.architecture(a.device), launching.processors(a.device)
+        config = configs.training(arch, a.dtype, R, core is not None, rows, out, processors)
+        control = forward.control(a, config)
+        columns, factor = pack.pack(u, False, v, True, a.dtype, control)
+        forward.forward(
+            a, weight, columns, factor, r, sigma, core, g, scale, bias, y, a.new_empty(rows, R), h,
+            rng_state, threshold, keep_scale(threshold), control, config, processors, precision, _tma(arch, a, weight),
+        )  # fmt: skip
         return as_shaped(y, x), h
 
     def backward(
@@ -145,7 +130,8 @@ class TritonBackend(EagerBackend):
     ) -> Gradients:
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
         rows, r = math.prod(dy.shape[:-1]), u.shape[1]
-        if threshold == DROPS_ALL or not rows or r > LARGEST_R or batched or _core_is_large(core, dy, r):
+        empty = batched or not (rows and u.numel() and v.numel())
+        if threshold == DROPS_ALL or empty or not self._serves(dy.dtype, r, core):
             return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
         from svdkern.triton_kernels import backward, configs, launching, pack
 
@@ -159,32 +145,38 @@ class TritonBackend(EagerBackend):
         outs = _outputs(want, b, u, sigma, v, scale, core)
         if any(ours):
             base = cast(weight, b.dtype) if want.x and weight is not None else None
-            R, arch = pack.padded(r), launching.architecture(b.device)
-            config = configs.training(arch, b.dtype, R)
-            packed, columns = pack.pack(u, True, v, False, b.dtype)
+            R = pack.padded(r)
+            arch, processors = launching.architecture(b.device), launching.processors(b.device)
+            config = configs.training(arch, b.dtype, R, core is not None, rows, u.shape[0], processors)
+            control = backward.control(b, config)
+            factor, columns = pack.pack(u, True, v, False, b.dtype, control)
             backward.backward(
-                b, a if want.u else None, base, packed, columns, None if h is None else cast(h, torch.float32), r, sigma,
-                core, _dense(gate, index, rows, r), scale, outs, rng_state, threshold, keep_scale(threshold),
-                _control(b.device, rows, R, config), config, launching.processors(b.device),
-                _precision(b.dtype), base is not None and _tma(arch, b, base), ours,
+                b, a if want.u else None, base, factor, columns, None if h is None else cast(h, torch.float32).contiguous(),
+                r, _packed(sigma), _packed(core), _dense(gate, index, rows, r), scale, outs,
+                _packed(rng_state), threshold, keep_scale(threshold), control, config, processors, _precision(b.dtype),
+                base is not None and _tma(arch, b, base), ours,
             )  # fmt: skip
         dgate = None
         if want.gate:
             assert gate is not None
             dgate = gate_gradient(outs["gate"], gate, index)
         dx = as_shaped(outs["x"], dy) if want.x else None
-        du, dsigma, dv, dbias, dscale, dcore = (outs.get(name) for name in ("u", "sigma", "v", "bias", "scale", "core"))
+        du, dsigma, dv, dbias, dscale, dcore = (outs.get(n) for n in ("u", "sigma", "v", "bias", "scale", "core"))
         return Gradients(dx, dweight, du, dsigma, dv, dbias, dscale, dcore, dgate)
 
+    def _serves(self, dtype: torch.dtype, r: int, core: Tensor | None) -> bool:
+        """Whether the kernels have this rank; if not, why is said."""
+        from svdkern.triton_kernels import configs
 
-def _core_is_large(core: Tensor | None, x: Tensor, r: int) -> bool:
-    """Whether a core has more ranks than one tile: the persistent kernels need all of h in one."""
-    if core is None:
+        if r > LARGEST_R:
+            self.refuse(f"r={r}, the triton backend takes r up to {LARGEST_R}")
+        elif core is not None and r > configs.core_ranks(dtype):
+            self.refuse(
+                f"a core of r={r}, the triton backend takes one of up to {configs.core_ranks(dtype)} in {dtype}"
+            )
+        else:
+            return True
         return False
-    from svdkern.triton_kernels import configs, launching, pack
-
-    R = pack.padded(r)
-    return configs.training(launching.architecture(x.device), x.dtype, R).RT < R
 
 
 def _outputs(
@@ -221,16 +213,14 @@ def _dense(gate: Tensor | None, index: Tensor | None, rows: int, r: int) -> Tens
     return gate_rows(cast(gate, torch.float32), index, rows, r).expand(rows, r).contiguous()
 
 
-def _control(device: torch.device, rows: int, R: int, config: Any) -> Tensor:
-    """The workspace of a persistent launch: a flag for each piece of ranks of each row group."""
-    from svdkern.triton_kernels import workspace
-
-    return workspace.control(device, -(-rows // config.BM) * (R // min(R, config.RT)))
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    """A small tensor as the kernels read it: contiguous."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def _precision(dtype: torch.dtype) -> str:
     """Of products of float32: TF32 where PyTorch's own may use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _tma(arch: int, a: Tensor, weight: Tensor) -> bool:
