@@ -99,6 +99,24 @@ def of(case: dict, mode: str) -> dict:
 def test_a_layer_is_right_under_every_adversity(
     case: dict, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
+    check_case(case, monkeypatch, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_other_covers(seed: int, record_property: Callable[[str, object], None]) -> None:
+    """The whole product has millions of cases; these are other few of them, in which every pair of values meets again."""
+    for case in cover(FACTORS, seed):
+        with pytest.MonkeyPatch.context() as patch:
+            torch.manual_seed(seed)
+            try:
+                check_case(case, patch, record_property)
+            except Exception as error:
+                raise AssertionError(f"case {case_name(case)}: {error}") from error
+
+
+def check_case(case: dict, monkeypatch: pytest.MonkeyPatch, record: Callable[[str, object], None]) -> None:
+    """One layer, forward and backward: the same bits under the case's adversity as without, and right."""
     if "old" in case["gpu"] and len(tritons()) < 2:
         pytest.skip("needs a second Triton: pip install --no-deps --target <environment>/triton-3.6.0 triton==3.6.0")
     if "pointers" in case["gpu"]:
@@ -144,7 +162,7 @@ def test_a_layer_is_right_under_every_adversity(
     exact = {name: None if t is None else t.double() for name, t in low.items()}
     results = []
     for mode in ("convergent", case["mode"]):
-        with emulation(**of(case, mode), record=record_property) as how:
+        with emulation(**of(case, mode), record=record) as how:
             results.append(run(fused_call, low, dy.to(dtype), wanted))
     assert how.launches or (case["form"] == "core" and r > 128)  # that one is PyTorch's
     for name, plain, again in zip(("y", *wanted), *results, strict=True):
