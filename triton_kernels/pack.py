@@ -75,7 +75,7 @@ def pack(
         (out.stride(0), 1) if rows else (1, out.stride(0))
         for out, rows in zip(outs, (first_rows, second_rows), strict=True)
     ]
-    block = 64  # rows of a program
+    block = 64 if R <= 128 else 16  # rows of a program
     grid = (triton.cdiv(first.shape[0], block) + triton.cdiv(second.shape[0], block),)
     launching.launch(
         pack_kernel, grid,
