@@ -33,7 +33,7 @@ inline void dot_tile(F* lanes, const bf16* a, int64_t lda, const bf16* const (&b
   F acc[I][J];
   for (int i = 0; i < I; ++i)
     for (int j = 0; j < J; ++j) acc[i][j] = lanes[i * max_j + j];
-  const auto step = [&](int64_t k, auto load_b) {
+  const auto step = [&](int64_t k, auto load_b) __attribute__((always_inline)) {
     __m512i bv[J];
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) bv[j] = load_b(b[j] + column + k);
@@ -56,6 +56,7 @@ inline void dot_tiles(F* lanes, const bf16* a, int64_t lda, int rows, const bf16
                       int64_t n) {
   int i = 0;
   for (; i + 4 <= rows; i += 4) dot_tile<4, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
+  if (i + 3 == rows) return dot_tile<3, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
   if (i + 2 <= rows) {
     dot_tile<2, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
     i += 2;
@@ -103,6 +104,7 @@ inline void rank_update(float* c, int64_t ldc, int64_t rows, const uint32_t* a, 
   };
   while (i + 8 <= rows) strip(Width<8>{});
   if (i + 4 <= rows) strip(Width<4>{});
+  if (i + 3 == rows) return strip(Width<3>{});
   if (i + 2 <= rows) strip(Width<2>{});
   if (i < rows) strip(Width<1>{});
 }

@@ -29,6 +29,7 @@ struct Fma {
   static constexpr int64_t tile_rows = W == 16 ? 14 : 6, tile_columns = 2 * W, depth = 1, per_element = 1;
   static constexpr int64_t block_depth = W == 16 ? 96 : 256;  // of a panel: stays in L1 while the strips pass
   static constexpr int64_t a_slack = W;                       // elements written beyond a strip
+  static constexpr int64_t few_rows = 64;                     // up to which w is streamed, see primitives.h (measured)
   // Beyond so many rows, to pass them more often costs more than reading w in longer runs gains (measured).
   static constexpr int64_t most_rows_of_deep_pieces = 512;
   struct Session {};
@@ -126,7 +127,7 @@ inline __m512i load_rounded(const S* p, int64_t n) {
 struct Pairs {
   using Element = uint32_t;
   static constexpr int64_t tile_rows = 14, tile_columns = 32, depth = 2, per_element = 2;
-  static constexpr int64_t block_depth = 512, a_slack = W, most_rows_of_deep_pieces = 512;
+  static constexpr int64_t block_depth = 512, a_slack = W, few_rows = 32, most_rows_of_deep_pieces = 512;
   struct Session {};
 
   template <class S>
@@ -209,7 +210,8 @@ struct Pairs {
 
 // The same panels on AMX tiles; a strip is [k / 32][row][32].
 struct Tiles : Pairs {
-  static constexpr int64_t tile_rows = 32, depth = 32, block_depth = 320, a_slack = 0, most_rows_of_deep_pieces = 160;
+  static constexpr int64_t tile_rows = 32, depth = 32, block_depth = 320, a_slack = 0;
+  static constexpr int64_t few_rows = 16, most_rows_of_deep_pieces = 160;
 
   struct Session : TileSession {
     Session() : TileSession(shapes()) {}

@@ -4,34 +4,34 @@
 //   out-contiguous w (its weight: the gradient of x)             rank: row groups over column strips that stay in L1 or
 //   L2
 //
+// From 5 rows on tiles (AMX) or the rows as lanes (row_lanes.h) take over.
+//
 // Work is split over `out`; an output is the same sum in the same order however that is done.
-// Floor: one read of w at memory bandwidth, up to about M = 10 (fp32) where the multiply-adds take over.
+// Floor: one read of w at memory bandwidth, up to about M = 8 where the multiply-adds take over.
 #pragma once
 
 #include "amx_tiles.h"
 #include "factor.h"
 #include "parallel.h"
 #include "philox.h"
+#include "row_lanes.h"
 #include "scratch.h"
-#include "tiles.h"
 
 namespace svdkern {
 namespace {
 
 constexpr int64_t unit = 64;            // outputs in one piece of work, and columns of one factor panel
-constexpr int64_t dots_depth = 1024;    // elements of each w column read before the next block of rows goes over them
+constexpr int64_t dots_depth = 256;     // elements of each w column at a time, while the next columns' are fetched
 constexpr int64_t rank_columns = 1024;  // outputs whose sums are in cache: w is read in runs of at least 2 KB
 constexpr int64_t rank_depth = 8;       // rows of w in one pass over those sums
-constexpr int few = 4;                  // rows of `a` up to which memory is the limit: beyond, caches are shared out
-constexpr int64_t held_outputs = 16;    // dots of many rows: outputs whose lanes stay in L1 with a part of the rows
-constexpr int64_t part_depth = 256;     // that part
-constexpr int64_t part_columns = 256;   // rank of many rows: columns of w that are widened at once, part_rows of them
-constexpr int64_t part_rows = 16;
+constexpr int few = 4;                  // rows of `a` up to which memory is the limit
 constexpr int64_t few_rank_columns = 4 * rank_columns;  // of few rows: memory is read in runs as long as can be
+constexpr int64_t dots_piece = 3 * unit;                // outputs at a time of rows as lanes: whole tiles of any height
+constexpr int64_t rank_floats = 32 << 10;               // their sums in L2: w is read in runs as long as can be
 constexpr int64_t sums_size = block_rows * (rank_columns + 16);
-static_assert(unit == mask_columns && few * (few_rank_columns + 16) <= sums_size);
+static_assert(unit == mask_columns && dots_piece % dots_outputs == 0 && few * (few_rank_columns + 16) <= sums_size);
 
-// What `a` is kept as: fp32, or for bf16 products bf16 rows (dots) and pairs of rows (rank).
+// What `a` is kept as for a row each or a column each: fp32, or for bf16 products bf16 and pairs along k.
 template <class T>
 struct Operand {
   static constexpr bool bf16_products = false;
@@ -57,9 +57,11 @@ struct Linear {
   // the base: w == nullptr for none
   const T* w = nullptr;
   int64_t w_in = 0, w_out = 0;  // strides
-  const Row* a = nullptr;       // dots: (M, in), zero from `in` up to a multiple of row_multiple
+  // `a` as one of
+  const Row* a = nullptr;  // (M, in), zero from `in` up to a multiple of row_multiple
   int64_t lda = 0;
-  const Column* at = nullptr;  // rank: (in / depth, M)
+  const Column* at = nullptr;       // (in / depth, M)
+  const float* lanes_at = nullptr;  // (in, lanes), zero from M on
   // the adapter, scale included: one of the two, or none
   const float* zt = nullptr;  // (r, M)
   const float* z = nullptr;   // (M, r): F is used row by row
@@ -75,86 +77,48 @@ struct Linear {
 #else
   static constexpr bool tiles() { return false; }
 #endif
-  // Tiles take pairs for dots and rows for rank, registers the other way round.
-  bool by_rows() const { return dots() != tiles(); }
+  bool row_lanes() const { return rows > few && !tiles(); }
+  // Tiles take pairs for dots and rows for rank, the registers of few rows the other way round.
+  bool by_rows() const { return !row_lanes() && dots() != tiles(); }
+  int64_t lanes() const { return round_up(rows, W); }
 };
-
-// p ... p + n as fp32; what follows up to a multiple of W is zero.
-template <class T>
-inline void widen(const T* p, int64_t n, float* to) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(to + i, load(p + i));
-  if (i < n) store(to + i, load(p + i, n - i));
-}
-
-// dot_tiles of rows of w that are converted once for all rows of `a`, n <= part_depth.
-template <int J, class T>
-inline void widened_dots(F* lanes, const float* a, int64_t lda, int rows, const T* const (&b)[max_j], int64_t n) {
-  alignas(64) float buffer[J * part_depth];
-  const float* wide[max_j] = {};
-  for (int j = 0; j < J; ++j) {
-    widen(b[j], n, buffer + j * part_depth);
-    wide[j] = buffer + j * part_depth;
-  }
-  dot_tiles<float, J>(lanes, a, lda, rows, wide, 0, n);
-}
-
-// rank_update of rows of w that are converted once for all rows of `a`, depth <= part_rows.
-template <class T>
-inline void widened_rank(float* sums, int64_t ld, int rows, const float* at, int64_t lda, const T* w, int64_t w_in,
-                         int64_t depth, int64_t n, int64_t ahead) {
-  alignas(64) float buffer[part_rows * part_columns];
-  for (int64_t c = 0; c < n; c += part_columns) {
-    const int64_t here = smaller(part_columns, n - c);
-    for (int64_t k = 0; k < depth; ++k) {
-      const T* row = w + k * w_in + c;
-      if (ahead != 0)
-        for (int64_t i = 0; i < here; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + ahead + i);
-      widen(row, here, buffer + k * part_columns);
-    }
-    rank_update(sums + c, ld, rows, at, lda, buffer, part_columns, depth, here, 0);
-  }
-}
 
 // sums[m][o - o0] = a[m] . w[:, o] for o0 <= o < o0 + n, n <= unit.
 template <class T>
-inline void base_by_dots(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums, int64_t ld) {
+inline void base_by_dots(const Linear<T>& job, [[maybe_unused]] int64_t m0, int rows, int64_t o0, int64_t n,
+                         float* sums, int64_t ld) {
 #if defined(__AMX_BF16__)
   if constexpr (Operand<T>::bf16_products)
     if (job.tiles())
       return amx_dots(job.w + o0 * job.w_out, job.w_out, job.at + m0, job.rows, rows, job.in, n, sums, ld);
 #endif
-  const bool many = rows > few;
-  with_dot_width(rows, [&](auto width) {
+  const auto with_width = [&](auto width) {
     constexpr int J = width.value;
-    const int64_t held = many ? held_outputs : J, depth = many ? part_depth : dots_depth;
-    F lanes[held_outputs * block_rows];  // [output / max_j][row][output % max_j]
-    for (int64_t o = 0; o < n; o += held) {
-      for (int64_t h = 0; h < held; h += max_j) std::memset(lanes + h * block_rows, 0, rows * max_j * sizeof(F));
-      for (int64_t k = 0; k < job.in; k += depth) {
-        const int64_t deep = smaller(depth, job.in - k);
-        const auto* a = job.a + m0 * job.lda + k;
-        for (int64_t h = 0; h < smaller(held, n - o); h += J) {
-          const T* b[max_j] = {};
-          for (int j = 0; j < J; ++j) b[j] = job.w + (o0 + smaller(o + h + j, n - 1)) * job.w_out + k;
-          F* to = lanes + h / max_j * block_rows * max_j + h % max_j;
-          if constexpr (Operand<T>::bf16_products)
-            dot_tiles<J>(to, a, job.lda, rows, b, 0, deep);
-          else if (sizeof(T) != sizeof(float) && many)
-            widened_dots<J>(to, a, job.lda, rows, b, deep);
-          else
-            dot_tiles<T, J>(to, a, job.lda, rows, b, 0, deep);
-        }
+    for (int64_t o = 0; o < n; o += J) {
+      F lanes[few * max_j] = {};
+      for (int64_t k = 0; k < job.in; k += dots_depth) {
+        const int64_t deep = smaller(dots_depth, job.in - k);
+        const T* b[max_j] = {};
+        for (int j = 0; j < J; ++j) b[j] = job.w + (o0 + smaller(o + j, n - 1)) * job.w_out + k;
+        const T* next = job.w + smaller(o0 + o + J, job.out - 1) * job.w_out + k;
+        for (int64_t j = 0; j < J; ++j) fetch(next + j * job.w_out, deep);
+        if constexpr (Operand<T>::bf16_products)
+          dot_tiles<J>(lanes, job.a + k, job.lda, rows, b, 0, deep);
+        else
+          dot_tiles<T, J>(lanes, job.a + k, job.lda, rows, b, 0, deep);
       }
       for (int m = 0; m < rows; ++m)
-        for (int64_t h = 0; h < smaller(held, n - o); ++h)
-          sums[m * ld + o + h] = sum(lanes[(h / max_j * block_rows + m) * max_j + h % max_j]);
+        for (int64_t j = 0; j < smaller<int64_t>(J, n - o); ++j) sums[m * ld + o + j] = sum(lanes[m * max_j + j]);
     }
-  });
+  };
+  if (rows == 1) return with_width(Width<8>{});
+  if (rows == 2 || many_registers) return with_width(Width<4>{});
+  with_width(Width<3>{});
 }
 
 template <class T>
-inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums, int64_t ld) {
+inline void base_by_rank(const Linear<T>& job, [[maybe_unused]] int64_t m0, int rows, int64_t o0, int64_t n,
+                         float* sums, int64_t ld) {
 #if defined(__AMX_BF16__)
   if constexpr (Operand<T>::bf16_products)
     if (job.tiles()) {
@@ -162,19 +126,11 @@ inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0,
       return in_order(sums, ld, rows, n);
     }
 #endif
-  const bool many = rows > few;
-  const int64_t step = many ? part_rows : rank_depth;
-  for (int64_t k = 0; k < job.in; k += step) {
-    const int64_t depth = smaller(step, job.in - k), ahead = k + 2 * step <= job.in ? step * job.w_in : 0;
+  for (int64_t k = 0; k < job.in; k += rank_depth) {
+    const int64_t depth = smaller(rank_depth, job.in - k),
+                  ahead = k + 2 * rank_depth <= job.in ? rank_depth * job.w_in : 0;
     const auto* at = job.at + k / Operand<T>::depth * job.rows + m0;
-    const T* w = job.w + k * job.w_in + o0;
-    if constexpr (!Operand<T>::bf16_products && sizeof(T) != sizeof(float)) {
-      if (many) {
-        widened_rank(sums, ld, rows, at, job.rows, w, job.w_in, depth, n, ahead);
-        continue;
-      }
-    }
-    rank_update(sums, ld, rows, at, job.rows, w, job.w_in, depth, n, ahead);
+    rank_update(sums, ld, rows, at, job.rows, job.w + k * job.w_in + o0, job.w_in, depth, n, ahead);
   }
 #if defined(__AVX512BF16__)
   if constexpr (Operand<T>::bf16_products) in_order(sums, ld, rows, n);
@@ -185,6 +141,7 @@ inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0,
 template <class T>
 inline void add_adapter(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums,
                         int64_t sums_ld) {
+  if (job.zt == nullptr && job.z == nullptr) return;
   alignas(64) float buffer[panel_columns * unit], branch[block_rows * unit];
   const bool drops = job.dropout.threshold != 0;
   float* to = drops ? branch : sums;
@@ -233,9 +190,47 @@ inline void write_out(const Linear<T>& job, int64_t m0, int rows, int64_t o0, in
   }
 }
 
+// Outputs o0 ... o1 of all rows, which are the lanes.
+template <class T>
+inline void lanes_range(const Linear<T>& job, int64_t o0, int64_t o1) {
+  const int64_t lanes = job.lanes(), most = job.dots() ? dots_piece : rank_floats / lanes;
+  const int64_t pieces = (o1 - o0 + most - 1) / most, step = round_up((o1 - o0 + pieces - 1) / pieces, unit);
+  Scratch scratch;
+  float* c = scratch.take<float>((step + lane_sums + W) * lanes);
+  for (int64_t o = o0; o < o1; o += step) {
+    const int64_t n = smaller(step, o1 - o);
+    std::memset(c, 0, (n + lane_sums + W) * lanes * sizeof(float));
+    const auto product = [&](auto outputs) {
+      constexpr int J = outputs.value;
+      if (!job.dots()) return lanes_by_rank<J>(job.w + o, job.w_in, job.in, n, job.lanes_at, lanes, c);
+      for (int64_t i = 0; i < n; i += dots_outputs)
+        lanes_by_dots<J>(job.w + (o + i) * job.w_out, job.w_out, job.in, smaller(dots_outputs, n - i), job.lanes_at,
+                         lanes, c + i * lanes);
+    };
+    lanes == W ? product(Width<lane_sums>{}) : product(Width<lane_sums / 2>{});
+    for (int64_t i = 0; i < n; i += unit) {
+      const int64_t wide = smaller(unit, n - i);
+      for (int64_t m0 = 0; m0 < job.rows; m0 += block_rows) {
+        alignas(64) float sums[block_rows * (unit + 16)];
+        const int rows = static_cast<int>(smaller<int64_t>(block_rows, job.rows - m0));
+        for (int64_t l = 0; l < wide; l += W)
+          for (int m = 0; m < rows; m += W) {
+            F v[W];
+            for (int q = 0; q < W; ++q) v[q] = load(c + (i + l + q) * lanes + m0 + m);
+            transpose(v);
+            for (int q = 0; q < W; ++q) store(sums + (m + q) * (unit + 16) + l, v[q]);
+          }
+        add_adapter(job, m0, rows, o + i, wide, sums, unit + 16);
+        write_out(job, m0, rows, o + i, wide, sums, unit + 16);
+      }
+    }
+  }
+}
+
 // Outputs o0 ... o1 of all rows.
 template <class T>
 inline void linear_range(const Linear<T>& job, int64_t o0, int64_t o1) {
+  if (job.w != nullptr && job.row_lanes()) return lanes_range(job, o0, o1);
   alignas(64) float sums[sums_size];
   const bool dots = job.w != nullptr && job.dots();
   const int64_t piece = dots ? unit : job.rows <= few ? few_rank_columns : rank_columns, ld = piece + 16;
@@ -251,7 +246,7 @@ inline void linear_range(const Linear<T>& job, int64_t o0, int64_t o1) {
         base_by_rank(job, m0, rows, o, n, sums, ld);
       for (int64_t i = 0; i < n; i += unit) {
         const int64_t wide = smaller(unit, n - i);
-        if (job.zt != nullptr || job.z != nullptr) add_adapter(job, m0, rows, o + i, wide, sums + i, ld);
+        add_adapter(job, m0, rows, o + i, wide, sums + i, ld);
         write_out(job, m0, rows, o + i, wide, sums + i, ld);
       }
     }
@@ -259,48 +254,74 @@ inline void linear_range(const Linear<T>& job, int64_t o0, int64_t o1) {
 }
 
 // The operand `a` as the base wants it, in parts: take_operand reserves, fill_operand converts columns l0 ... l1 (l0
-// even).
+// a multiple of a strip).
 template <class T>
 inline void take_operand(Linear<T>& job, const Matrix& a, Scratch& scratch) {
   using Row = typename Linear<T>::Row;
   if (job.w == nullptr) return;
-  if (!job.by_rows()) {
+  if (job.row_lanes()) {
+    job.lanes_at = scratch.take<float>(job.in * job.lanes());
+  } else if (!job.by_rows()) {
     job.at = scratch.take<typename Linear<T>::Column>((job.in + 1) / Operand<T>::depth * job.rows);
-  } else if (sizeof(Row) == sizeof(T) && job.in % Operand<T>::row_multiple == 0 &&
-             (Operand<T>::bf16_products || job.rows <= few)) {
+  } else if (sizeof(Row) == sizeof(T) && job.in % Operand<T>::row_multiple == 0) {
     job.a = static_cast<const Row*>(a.data);
     job.lda = a.row_stride;
   } else {
-    // parts of all rows spread over the sets of L1, whatever power of two the width is a multiple of
-    job.lda = round_up(job.in, 4096 / static_cast<int64_t>(sizeof(Row))) + part_depth;
+    job.lda = round_up(job.in, Operand<T>::row_multiple) + 16;
     job.a = scratch.take<Row>(job.rows * job.lda);
+  }
+}
+
+template <class T>
+inline void fill_rows(const Linear<T>& job, const Matrix& a, int64_t l0, int64_t l1) {
+  for (int64_t m = 0; m < job.rows; ++m) {
+    const T* from = static_cast<const T*>(a.data) + m * a.row_stride;
+    auto* to = const_cast<typename Linear<T>::Row*>(job.a) + m * job.lda;
+    if constexpr (Operand<T>::bf16_products) {
+      std::memcpy(to + l0, from + l0, (l1 - l0) * sizeof(T));
+      if (l1 == job.in) std::memset(to + l1, 0, (round_up(l1, 32) - l1) * sizeof(T));
+    } else {
+      widen(from + l0, l1 - l0, to + l0);
+    }
+  }
+}
+
+template <class T>
+inline void fill_columns(const Linear<T>& job, const Matrix& a, int64_t l0, int64_t l1) {
+  for (int64_t m = 0; m < job.rows; ++m) {
+    const T* from = static_cast<const T*>(a.data) + m * a.row_stride;
+    auto* to = const_cast<typename Linear<T>::Column*>(job.at) + m;
+    if constexpr (Operand<T>::bf16_products)
+      for (int64_t l = l0; l < l1; l += 2)
+        to[l / 2 * job.rows] = from[l].bits | (l + 1 < l1 ? static_cast<uint32_t>(from[l + 1].bits) << 16 : 0);
+    else
+      for (int64_t l = l0; l < l1; ++l) to[l * job.rows] = to_float(from[l]);
+  }
+}
+
+template <class T>
+inline void fill_lanes(const Linear<T>& job, const Matrix& a, int64_t l0, int64_t l1) {
+  const int64_t lanes = job.lanes();
+  for (int64_t l = l0; l < l1; l += W) {
+    const int64_t deep = smaller<int64_t>(W, l1 - l);
+    for (int64_t m = 0; m < lanes; m += W) {
+      F v[W] = {};
+      for (int64_t i = 0; i < smaller<int64_t>(W, job.rows - m); ++i) {
+        const T* from = static_cast<const T*>(a.data) + (m + i) * a.row_stride + l;
+        v[i] = deep == W ? load(from) : load(from, deep);
+      }
+      transpose(v);
+      for (int64_t i = 0; i < deep; ++i) store(const_cast<float*>(job.lanes_at) + (l + i) * lanes + m, v[i]);
+    }
   }
 }
 
 template <class T>
 inline void fill_operand(const Linear<T>& job, const Matrix& a, int64_t l0, int64_t l1) {
   if (job.w == nullptr || job.a == a.data) return;
-  for (int64_t m = 0; m < job.rows; ++m) {
-    const T* from = static_cast<const T*>(a.data) + m * a.row_stride;
-    if (job.by_rows()) {
-      auto* to = const_cast<typename Linear<T>::Row*>(job.a) + m * job.lda;
-      if constexpr (Operand<T>::bf16_products) {
-        std::memcpy(to + l0, from + l0, (l1 - l0) * sizeof(T));
-        if (l1 == job.in) std::memset(to + l1, 0, (round_up(l1, 32) - l1) * sizeof(T));
-      } else {
-        int64_t l = l0;
-        for (; l + W <= l1; l += W) store(to + l, load(from + l));
-        if (l < l1) store(to + l, load(from + l, l1 - l));
-      }
-    } else if constexpr (Operand<T>::bf16_products) {
-      uint32_t* to = const_cast<uint32_t*>(job.at) + m;
-      for (int64_t l = l0; l < l1; l += 2)
-        to[l / 2 * job.rows] = from[l].bits | (l + 1 < l1 ? static_cast<uint32_t>(from[l + 1].bits) << 16 : 0);
-    } else {
-      float* to = const_cast<float*>(job.at) + m;
-      for (int64_t l = l0; l < l1; ++l) to[l * job.rows] = to_float(from[l]);
-    }
-  }
+  job.row_lanes() ? fill_lanes(job, a, l0, l1)
+  : job.by_rows() ? fill_rows(job, a, l0, l1)
+                  : fill_columns(job, a, l0, l1);
 }
 
 }  // namespace

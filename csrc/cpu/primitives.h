@@ -6,9 +6,9 @@
 namespace svdkern {
 namespace {
 
-// Up to so many rows w is streamed as it lies: packing it costs more than reading it once for every block_rows rows.
+// Up to so many rows w is streamed as it lies: packing it would cost more.
 template <class T>
-constexpr int64_t few_rows = (EngineOf<T>::Type::per_element == 1 ? 2 : 1) * block_rows;
+constexpr int64_t few_rows = EngineOf<T>::Type::few_rows;
 
 template <class T>
 inline void shrink_as(const ShrinkParams& p) {

@@ -23,7 +23,7 @@ inline void dot_tile(F* lanes, const float* a, int64_t lda, const T* const (&b)[
   F acc[I][J];
   for (int i = 0; i < I; ++i)
     for (int j = 0; j < J; ++j) acc[i][j] = lanes[i * max_j + j];
-  const auto step = [&](int64_t k, auto load_b) {
+  const auto step = [&](int64_t k, auto load_b) __attribute__((always_inline)) {
     F bv[J];
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) bv[j] = load_b(b[j] + column + k);
@@ -48,6 +48,7 @@ inline void dot_tiles(F* lanes, const float* a, int64_t lda, int rows, const T* 
   if constexpr (!many_registers && J == 2)
     for (; i + 6 <= rows; i += 6) dot_tile<T, 6, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
   for (; i + 4 <= rows; i += 4) dot_tile<T, 4, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
+  if (i + 3 == rows) return dot_tile<T, 3, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
   if (i + 2 <= rows) {
     dot_tile<T, 2, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
     i += 2;
@@ -132,6 +133,8 @@ inline void rank_update(float* c, int64_t ldc, int64_t rows, const float* a, int
   for (; i + 4 <= rows; i += 4)
     rank_strip<T, 4, many_registers ? 4 : 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns,
                                              i == 0 ? prefetch : 0);
+  if (i + 3 == rows)
+    return rank_strip<T, 3, 3>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, i == 0 ? prefetch : 0);
   if (i + 2 <= rows) {
     rank_strip<T, 2, 4>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, i == 0 ? prefetch : 0);
     i += 2;

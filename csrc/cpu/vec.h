@@ -77,7 +77,17 @@ inline float sum(F v) {  // in halves, the same tree on every compiler
 }
 
 // Upcasts are exact.
-inline F upcast(U16 v, bf16) { return bit_cast<F>(__builtin_convertvector(v, U32) << 16); }
+inline U32 zero_extended(U16 v) {  // GCC 12 makes two halves of the general expression
+#if defined(__AVX512F__)
+  return bit_cast<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(v)));
+#elif defined(__AVX2__)
+  return bit_cast<U32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, U32);
+#endif
+}
+
+inline F upcast(U16 v, bf16) { return bit_cast<F>(zero_extended(v) << 16); }
 
 inline F upcast(U16 v, f16) {
 #if defined(__AVX512F__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -36,11 +37,17 @@ def why_not() -> str | None:
 
 def build(sanitize: bool) -> Path:
     """The built module's file; with the address and undefined-behaviour sanitizers if asked."""
-    import pybind11
-
     setup = _setup()
     folder = ROOT / "build" / ("cpu_kernels_sanitized" if sanitize else "cpu_kernels")
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # test processes side by side build once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(folder, setup, sanitize)
+
+
+def _build(folder: Path, setup: ModuleType, sanitize: bool) -> Path:
+    import pybind11
+
     mode = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" if sanitize else "-O2"
     python, csrc = f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'csrc'}"
     includes = setup.ninja_words(python, "-isystem", pybind11.get_include(), csrc)

@@ -15,7 +15,7 @@ from reference import Array, to_double, to_storage
 
 NONE: tuple[int, ...] = ()
 COLUMNS = (*range(1, 36), 63, 64, 65, 96, 97)
-DEPTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 95, 96, 97, 256, 257, 320, 321)
+DEPTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 95, 96, 97, 127, 128, 129, 256, 257, 320, 321)
 
 
 def whole(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
@@ -57,7 +57,7 @@ def test_every_number_of_rows(kernels: ModuleType, isa: str, dtype: str) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 5, 33, 70, 530])
+@pytest.mark.parametrize("rows", [1, 3, 5, 16, 33, 70, 530])
 def test_every_width_and_depth(kernels: ModuleType, isa: str, dtype: str, rows: int) -> None:
     for i, n in enumerate(COLUMNS):
         k = DEPTHS[i % len(DEPTHS)]

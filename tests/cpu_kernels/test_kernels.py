@@ -19,6 +19,8 @@ SHAPES = [
     (40, 300, 7, 280),
     # factors of many columns for few rows: used row by row where they lie by rows
     (1, 300, 70, 64), (4, 65, 129, 128), (3, 600, 43, 64), (14, 270, 66, 64), (1, 1, 1, 128),
+    # rows as lanes: pieces of columns and of depth, tails of both
+    (9, 290, 2100, 3), (16, 2100, 290, 17), (20, 523, 203, 3), (64, 150, 1050, 16),
     # a large weight: up to 1024 rows are packed by columns
     (530, 1100, 2000, 3),
     # few rows beyond one piece of columns, either way; a weight that is packed in several deep pieces
