@@ -79,11 +79,19 @@ __attribute__((target("amx-tile,amx-bf16"))) float fma_amx_bf16(int64_t turns) {
   return out[0];
 }
 
+// In 8 streams, fetched ahead: one stream alone waits for the page tables every 4 KB.
 __attribute__((target("avx2"))) int64_t read_all(const void* from, int64_t bytes) {
-  const auto* p = static_cast<const __m256i*>(from);
+  constexpr int streams = 8;
+  const int64_t part = bytes / streams / 128 * 128;
   __m256i sum[4] = {};
-  for (int64_t i = 0; i < bytes / 32; i += 4)
-    for (int j = 0; j < 4; ++j) sum[j] = _mm256_xor_si256(sum[j], _mm256_load_si256(p + i + j));
+  for (int64_t i = 0; i < part; i += 128)
+    for (int s = 0; s < streams; ++s) {
+      const char* p = static_cast<const char*>(from) + s * part + i;
+      __builtin_prefetch(p + 1024, 0, 2);
+      __builtin_prefetch(p + 1088, 0, 2);
+      for (int j = 0; j < 4; ++j)
+        sum[j] = _mm256_xor_si256(sum[j], _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + j));
+    }
   return _mm256_extract_epi64(sum[0], 0) ^ _mm256_extract_epi64(sum[1], 0) ^ _mm256_extract_epi64(sum[2], 0) ^
          _mm256_extract_epi64(sum[3], 0);
 }

@@ -21,7 +21,8 @@ namespace svdkern {
 namespace {
 
 constexpr int64_t unit = 64;            // outputs in one piece of work, and columns of one factor panel
-constexpr int64_t dots_depth = 256;     // elements of each w column at a time, while the next columns' are fetched
+constexpr int64_t dots_depth = 64;      // elements of each of 6 or 8 w columns at a time,
+constexpr int64_t dots_ahead = 256;     // while those so much further on are fetched
 constexpr int64_t rank_columns = 1024;  // outputs whose sums are in cache: w is read in runs of at least 2 KB
 constexpr int64_t rank_depth = 8;       // rows of w in one pass over those sums
 constexpr int few = 4;                  // rows of `a` up to which memory is the limit
@@ -93,22 +94,25 @@ inline void base_by_dots(const Linear<T>& job, [[maybe_unused]] int64_t m0, int 
       return amx_dots(job.w + o0 * job.w_out, job.w_out, job.at + m0, job.rows, rows, job.in, n, sums, ld);
 #endif
   const auto with_width = [&](auto width) {
-    constexpr int J = width.value;
-    for (int64_t o = 0; o < n; o += J) {
+    constexpr int J = width.value, streams = max_j / J * J;  // columns of w read side by side
+    for (int64_t o = 0; o < n; o += streams) {
       F lanes[few * max_j] = {};
+      const auto column = [&](int64_t j) { return job.w + (o0 + smaller(o + j, n - 1)) * job.w_out; };
       for (int64_t k = 0; k < job.in; k += dots_depth) {
-        const int64_t deep = smaller(dots_depth, job.in - k);
-        const T* b[max_j] = {};
-        for (int j = 0; j < J; ++j) b[j] = job.w + (o0 + smaller(o + j, n - 1)) * job.w_out + k;
-        const T* next = job.w + smaller(o0 + o + J, job.out - 1) * job.w_out + k;
-        for (int64_t j = 0; j < J; ++j) fetch(next + j * job.w_out, deep);
-        if constexpr (Operand<T>::bf16_products)
-          dot_tiles<J>(lanes, job.a + k, job.lda, rows, b, 0, deep);
-        else
-          dot_tiles<T, J>(lanes, job.a + k, job.lda, rows, b, 0, deep);
+        const int64_t deep = smaller(dots_depth, job.in - k), later = k + dots_ahead;
+        for (int64_t j = 0; j < streams; ++j)
+          fetch(later < job.in ? column(j) + later : column(j + streams) + (later - job.in), deep);
+        for (int j0 = 0; j0 < streams; j0 += J) {
+          const T* b[max_j] = {};
+          for (int j = 0; j < J; ++j) b[j] = column(j0 + j) + k;
+          if constexpr (Operand<T>::bf16_products)
+            dot_tiles<J>(lanes + j0, job.a + k, job.lda, rows, b, 0, deep);
+          else
+            dot_tiles<T, J>(lanes + j0, job.a + k, job.lda, rows, b, 0, deep);
+        }
       }
       for (int m = 0; m < rows; ++m)
-        for (int64_t j = 0; j < smaller<int64_t>(J, n - o); ++j) sums[m * ld + o + j] = sum(lanes[m * max_j + j]);
+        for (int64_t j = 0; j < smaller<int64_t>(streams, n - o); ++j) sums[m * ld + o + j] = sum(lanes[m * max_j + j]);
     }
   };
   if (rows == 1) return with_width(Width<8>{});

@@ -87,7 +87,8 @@ inline void lane_tiles(float* c, int64_t lanes, const float* a, const float* w, 
 
 // c (n rounded up to J, lanes) += ... for w contiguous along k, outputs w_out apart.
 template <int J, class T>
-inline void lanes_by_dots(const T* w, int64_t w_out, int64_t in, int64_t n, const float* a, int64_t lanes, float* c) {
+[[gnu::noinline]] inline void lanes_by_dots(const T* w, int64_t w_out, int64_t in, int64_t n, const float* a,
+                                            int64_t lanes, float* c) {
   alignas(64) float pieces[2 * J * dots_spacing];
   // outputs o ... o + J, elements k + from ... k + to
   const auto take = [&](int64_t o, int64_t k, int64_t from, int64_t to, float* piece) {
@@ -127,7 +128,8 @@ inline void lanes_by_dots(const T* w, int64_t w_out, int64_t in, int64_t n, cons
 
 // c (n rounded up to J, lanes) += ... for w contiguous along the outputs, its rows w_in apart.
 template <int J, class T>
-inline void lanes_by_rank(const T* w, int64_t w_in, int64_t in, int64_t n, const float* a, int64_t lanes, float* c) {
+[[gnu::noinline]] inline void lanes_by_rank(const T* w, int64_t w_in, int64_t in, int64_t n, const float* a,
+                                            int64_t lanes, float* c) {
   constexpr int64_t tiles = rank_wide / J, rows_a_tile = (rank_deep + tiles - 1) / tiles;
   alignas(64) float piece[rank_deep * rank_wide] = {};
   for (int64_t k = 0; k < in; k += rank_deep) {

@@ -77,6 +77,9 @@ inline void with_dot_width(int rows, const Body& body) {
   }
 }
 
+template <class T>
+constexpr int vectors_a_line = W * sizeof(T) < 64 ? 64 / (W * sizeof(T)) : 1;
+
 // V vectors of columns of C; `tail` < W: only so many of the last vector's columns exist in B.
 template <class T, int I, int V, bool Tail>
 inline void rank_tile(float* c, int64_t ldc, const float* a, int64_t lda, const T* b, int64_t ldb, int64_t depth,
@@ -94,7 +97,7 @@ inline void rank_tile(float* c, int64_t ldc, const float* a, int64_t lda, const 
         bv[v] = load(b + k * ldb + v * W);
     }
     if (prefetch != 0)
-      for (int v = 0; v < V; ++v) __builtin_prefetch(b + k * ldb + prefetch + v * W);
+      for (int v = 0; v < V; v += vectors_a_line<T>) __builtin_prefetch(b + k * ldb + prefetch + v * W);
 #pragma GCC unroll 8
     for (int i = 0; i < I; ++i) {
       const F av = splat(a[k * lda + i]);
