@@ -16,13 +16,12 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from bench import machine, results
+from bench import command, results
 from bench.cases import Case
 from bench.linear import ROUNDOFF, estimated_seconds
 from bench.providers import DTYPES, PROVIDERS, Operands, adapted, factor_dtype, make_operands, relative_error, truth
@@ -107,25 +106,16 @@ def measure(data: str, case: Case, dtype_name: str, options: argparse.Namespace)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m svdkern bench accuracy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("accuracy", __doc__)
     adapters = [name for name in PROVIDERS if adapted(name)]
     parser.add_argument("--shapes", type=Case.parse, nargs="+", default=list(CASES), metavar="MxKxNxr")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--providers", nargs="+", choices=adapters, default=list(DEFAULT_PROVIDERS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-call-seconds", type=float, default=5.0, help="a provider with slower calls is skipped")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="add to this file instead of bench/results/<machine>/accuracy.jsonl")
     options = parser.parse_args(arguments)
-    import svdkern  # noqa: F401  its kernels say which instruction set is in force
-
-    options.provenance = machine.provenance(options.device)
-    results.say_if_refused(options.provenance, options.out)
+    command.begin(options)
     groups = [(data, case, dtype) for data in options.data for case in options.shapes for dtype in options.dtypes]
     bad = 0
     for data, case, dtype in tqdm(groups, desc="accuracy", unit="group", file=sys.stderr):

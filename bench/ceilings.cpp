@@ -10,46 +10,27 @@ constexpr int chains = 12;  // more independent sums than latency times throughp
 
 extern "C" {
 
-// 2 * 12 * width flop a turn.
-__attribute__((target("avx2,fma"))) float fma_avx2(int64_t turns) {
-  __m256 sum[chains], a = _mm256_set1_ps(1.0f), b = _mm256_set1_ps(1e-9f);
-  for (auto& s : sum) s = _mm256_setzero_ps();
-  for (int64_t i = 0; i < turns; ++i) {
-#pragma GCC unroll 12
-    for (int j = 0; j < chains; ++j) sum[j] = _mm256_fmadd_ps(a, b, sum[j]);
-    asm volatile("" : "+x"(a), "+x"(b));
+// A product is added to each of 12 sums in registers a turn: 2 * 12 * width flop, bf16 pairs twice that.
+#define SUMS_IN_REGISTERS(name, isa, Sums, zero, Factors, one, product)      \
+  __attribute__((target(isa))) float name(int64_t turns) {                   \
+    Sums sum[chains];                                                        \
+    Factors a = one, b = one;                                                \
+    for (auto& s : sum) s = zero;                                            \
+    for (int64_t i = 0; i < turns; ++i) {                                    \
+      _Pragma("GCC unroll 12") for (int j = 0; j < chains; ++j) product;     \
+      asm volatile("" : "+v"(a), "+v"(b)); /* the turns differ, it thinks */ \
+    }                                                                        \
+    float total = 0;                                                         \
+    for (auto& s : sum) total += reinterpret_cast<const float&>(s);          \
+    return total;                                                            \
   }
-  float total = 0;
-  for (auto& s : sum) total += _mm256_cvtss_f32(s);
-  return total;
-}
 
-__attribute__((target("avx512f"))) float fma_avx512(int64_t turns) {
-  __m512 sum[chains], a = _mm512_set1_ps(1.0f), b = _mm512_set1_ps(1e-9f);
-  for (auto& s : sum) s = _mm512_setzero_ps();
-  for (int64_t i = 0; i < turns; ++i) {
-#pragma GCC unroll 12
-    for (int j = 0; j < chains; ++j) sum[j] = _mm512_fmadd_ps(a, b, sum[j]);
-    asm volatile("" : "+v"(a), "+v"(b));
-  }
-  float total = 0;
-  for (auto& s : sum) total += _mm512_cvtss_f32(s);
-  return total;
-}
-
-__attribute__((target("avx512f,avx512bf16"))) float fma_avx512_bf16(int64_t turns) {
-  __m512 sum[chains];
-  __m512i a = _mm512_set1_epi32(0x3f803f80), b = a;
-  for (auto& s : sum) s = _mm512_setzero_ps();
-  for (int64_t i = 0; i < turns; ++i) {
-#pragma GCC unroll 12
-    for (int j = 0; j < chains; ++j) sum[j] = _mm512_dpbf16_ps(sum[j], (__m512bh)a, (__m512bh)b);
-    asm volatile("" : "+v"(a), "+v"(b));
-  }
-  float total = 0;
-  for (auto& s : sum) total += _mm512_cvtss_f32(s);
-  return total;
-}
+SUMS_IN_REGISTERS(fma_avx2, "avx2,fma", __m256, _mm256_setzero_ps(), __m256, _mm256_set1_ps(1.0f),
+                  sum[j] = _mm256_fmadd_ps(a, b, sum[j]))
+SUMS_IN_REGISTERS(fma_avx512, "avx512f", __m512, _mm512_setzero_ps(), __m512, _mm512_set1_ps(1.0f),
+                  sum[j] = _mm512_fmadd_ps(a, b, sum[j]))
+SUMS_IN_REGISTERS(fma_avx512_bf16, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(), __m512i,
+                  _mm512_set1_epi32(0x3f803f80), sum[j] = _mm512_dpbf16_ps(sum[j], (__m512bh)a, (__m512bh)b))
 
 // 4 tiles of 16 x 16 x 32 a turn. The process must have asked for the tiles' state (PyTorch does).
 __attribute__((target("amx-tile,amx-bf16"))) float fma_amx_bf16(int64_t turns) {

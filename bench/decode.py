@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench import machine, results
+from bench import command, machine, results
 from bench.model_step import adapted, make_ids, quiet_transformers
 from bench.providers import DTYPES, factor_dtype
 from svdkern import timing
@@ -85,22 +85,17 @@ def measure(batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m svdkern bench decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser("decode", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json, model.safetensors")
     parser.add_argument("--model-name", help="the name that the results carry (default: the folder's)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if machine.bf16_hardware() else "fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--seconds", type=float, default=12.0, help="time for one batch size")
-    parser.add_argument("--out", type=Path, help="add to this file instead of bench/results/<machine>/decode.jsonl")
     options = parser.parse_args(arguments)
     quiet_transformers()
-    options.provenance = machine.provenance(options.device)
-    results.say_if_refused(options.provenance, options.out)
+    command.begin(options)
     for batch in tqdm(options.batch, desc="decode", unit="batch", file=sys.stderr):
         rows = measure(batch, options)
         for row in rows:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import machine, results
+from bench import command, results
 from bench.providers import DTYPES
 from svdkern import linalg, timing
 
@@ -174,9 +174,7 @@ def whole_model(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m svdkern bench init", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser("init", __doc__)
     parser.add_argument("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES))
     parser.add_argument("--shapes", type=_shape, nargs="+", default=list(SHAPES), metavar="NxK")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -185,13 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="also adapt this whole model, a folder made by save_pretrained")
     parser.add_argument("--model-name", help="the name that the results carry (default: the folder's)")
     parser.add_argument("--tries", type=int, default=3, help="of a whole model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for one matrix")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="add to this file instead of bench/results/<machine>/init.jsonl")
     options = parser.parse_args(arguments)
-    options.provenance = machine.provenance(options.device)
-    results.say_if_refused(options.provenance, options.out)
+    command.begin(options)
     groups = [(kind, n, k) for n, k in options.shapes for kind in options.matrices]
     for kind, n, k in tqdm(groups, desc="init", unit="matrix", file=sys.stderr):
         rows = measure(kind, n, k, options)

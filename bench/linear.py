@@ -22,13 +22,12 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from bench import cases, ceilings, machine, results
+from bench import cases, ceilings, command, machine, results
 from bench.cases import Case
 from bench.providers import (
     DTYPES,
@@ -214,12 +213,8 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known = "".join(f"\n    {name:9}{chosen.what}" for name, chosen in cases.SETS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m svdkern bench linear",
-        description=__doc__,
-        epilog=f"sets of cases:{known}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("linear", __doc__)
+    parser.epilog = f"sets of cases:{known}"
     parser.add_argument("--set", nargs="+", choices=[*cases.SETS, "all"], default=["readme"], help="see below")
     parser.add_argument("--shapes", type=Case.parse, nargs="+", metavar="MxKxNxr", help="instead of a set")
     parser.add_argument("--dropout", type=float, default=0.0, help="with --shapes")
@@ -228,13 +223,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=cases.MODES, help="only these (with --shapes: default both)")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all but compile")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain expression")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for one (case, dtype, mode)")
     parser.add_argument("--quick", action="store_true", help="fewer providers and rounds: a look, nothing is filed")
     parser.add_argument("--rotation-mb", type=int, default=512, help="memory that the rotated tensors fill")
     parser.add_argument("--max-call-seconds", type=float, default=5.0, help="a provider with slower calls is skipped")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="add to this file instead of bench/results/<machine>/linear.jsonl")
     parser.add_argument("--json", metavar="-", choices=["-"], help="write to standard output instead of a file")
     options = parser.parse_args(arguments)
     if options.providers is None:

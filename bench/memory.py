@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import machine, results
+from bench import command, machine, results
 from bench.cases import Case
 from bench.providers import DTYPES, FROZEN, PROVIDERS, adapted, make_operands
 
@@ -106,26 +106,19 @@ def measure(case: Case, dtype: str, options: argparse.Namespace) -> list[dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m svdkern bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser("memory", __doc__)
     parser.add_argument("--shapes", type=Case.parse, nargs="+", default=list(CASES), metavar="MxKxNxr")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: fp32, and bf16 where ATen has it")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(DEFAULT_PROVIDERS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="add to this file instead of bench/results/<machine>/memory.jsonl")
     parser.add_argument("--one", choices=PROVIDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
         dtype, device = DTYPES[options.dtypes[0]], torch.device(options.device)
         print(json.dumps(peak_extra(options.one, options.shapes[0], dtype, device)))
         return 0
-    import svdkern  # noqa: F401  its kernels say which instruction set is in force
-
     if options.dtypes is None:  # without bf16 ATen would take minutes a call
         options.dtypes = ["fp32", "bf16"] if options.device != "cpu" or machine.bf16_hardware() else ["fp32"]
-    options.provenance = machine.provenance(options.device)
-    results.say_if_refused(options.provenance, options.out)
+    command.begin(options)
     groups = [(case, dtype) for case in options.shapes for dtype in options.dtypes]
     for case, dtype in tqdm(groups, desc="memory", unit="group", file=sys.stderr):
         rows = measure(case, dtype, options)

@@ -43,7 +43,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from bench import machine, results
+from bench import command, machine, results
 from bench.providers import DTYPES
 from svdkern import timing
 
@@ -268,16 +268,11 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m svdkern bench model_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("model_step", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json, model.safetensors")
     parser.add_argument("--model-name", help="the name that the results carry (default: the folder's)")
     parser.add_argument("--adapter", type=Path, help="a saved svdkern adapter of that model, instead of a new one")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if machine.bf16_hardware() else "fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of one step")
     parser.add_argument("--sequence", type=int, default=256, help="tokens of one sequence")
     parser.add_argument("--rank", type=int, default=16)
@@ -290,7 +285,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=120.0, help="about how long all of it may take")
     parser.add_argument("--max-step-seconds", type=float, default=60.0, help="a provider with slower steps is skipped")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
-    parser.add_argument("--out", type=Path, help="add to this file instead of bench/results/<machine>/model_step.jsonl")
     parser.add_argument("--memory-of", choices=PROVIDERS, help="three steps of one provider, then its peak memory")
     options = parser.parse_args(arguments)
     if options.providers and "svdkern_bf16" in options.providers and options.dtype != "fp32":

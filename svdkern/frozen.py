@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""``y = x W^T + b``: ``torch.nn.functional.linear``, by our kernels where those are faster.
 
     That is on CPUs for which PyTorch has no real bfloat16 or float16 product (AVX2: ours run at about float32 speed,
-    PyTorch's take up to a hundred times as long), for bfloat16 on AMX, and for 2 to 16 rows of a large weight (not in a
+    PyTorch's take up to a hundred times as long), for bfloat16 on AMX, and for 2 to 32 rows of a large weight (not in a
     compiled graph, which is for any number of them). Elsewhere PyTorch's own is called, and under ``torch.func`` transforms
     and forward-mode differentiation, which go through it. **Differentiable once** where our kernels run; who needs second
     derivatives calls PyTorch's own.

@@ -1,4 +1,4 @@
-// a w for 5 to 32 rows of `a`, whose rows are the lanes of the vectors.
+// a w for 5 to 64 rows of `a`, which are the lanes of the vectors.
 //
 //   c[o][m] = sum_k a[m][k] w[k][o]      a turned once, (in, lanes); w's elements broadcast
 //

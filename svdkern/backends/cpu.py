@@ -20,15 +20,13 @@ from svdkern.backends.formula import Backend, Gradients, as_rows, cast, gate_gra
 from svdkern.backends.philox import DROPS_ALL
 
 SMALL_M = 32
-"""Up to this many rows each step is ours, whatever ATen has."""
-
-FUSED_M = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}
-"""The rule's bound for one call: what does best over the layers of ``choices.json`` on every instruction set there."""
+"""Up to this many rows each step is ours, whatever ATen has, and one call each way does best: over the layers of
+``choices.json`` on every instruction set there."""
 
 SMALL_WORK = 1 << 21
 """Up to so many multiply-adds M * K * N as well: there the one call is what counts."""
 
-FROZEN_M, FROZEN_WEIGHT = 16, 1 << 24
+FROZEN_M, FROZEN_WEIGHT = 32, 1 << 22
 """Without an adapter PyTorch's call is the shorter one: ours pays from 2 to so many rows of a weight of so many numbers."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +61,7 @@ if extension.why_missing is None:
 
 def fuses(rows: int, width: int, out: int, dtype: torch.dtype) -> bool:
     """Whether one call each way should be the fastest for a layer of this size: few rows, little work, or ``kernels_win``."""
-    return rows <= FUSED_M[dtype] or kernels_win(dtype) or rows * width * out <= SMALL_WORK
+    return rows <= SMALL_M or kernels_win(dtype) or rows * width * out <= SMALL_WORK
 
 
 def steps_are_ours(rows: int, dtype: torch.dtype) -> bool:
