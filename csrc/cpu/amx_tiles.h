@@ -111,20 +111,25 @@ inline void amx_dots(const bf16* w, int64_t w_out, const uint32_t* pairs, int64_
   }
 }
 
-// 32 rows (those from `depth` on zero) x 32 columns of w as two tiles of pairs.
-inline void unpack_block(const bf16* w, int64_t w_in, int64_t depth, int64_t columns, int64_t prefetch, bf16* low) {
-  const bool whole = columns == pair_columns;
+constexpr int blocks_a_run = 4;  // of 32 columns: w's rows are read in runs of 256 bytes
+
+// 32 rows (those from `depth` on zero) x up to blocks_a_run * 32 columns of w, each 32 columns as two tiles of pairs.
+inline void unpack_blocks(const bf16* w, int64_t w_in, int64_t depth, int64_t columns, int64_t prefetch, bf16* low) {
   for (int64_t k = 0; k < 32; k += 2) {
     const bf16* row = w + k * w_in;
-    __m512i r0 = {}, r1 = {};
-    if (k < depth) r0 = whole ? load_raw(row) : load_raw(row, columns);
-    if (k + 1 < depth) r1 = whole ? load_raw(row + w_in) : load_raw(row + w_in, columns);
-    if (prefetch != 0) {
-      __builtin_prefetch(row + prefetch);
-      __builtin_prefetch(row + w_in + prefetch);
+    for (int64_t col = 0; col < columns; col += pair_columns, row += pair_columns) {
+      bf16* to = low + col / pair_columns * 2 * 16 * 32 + k * 16;
+      const int64_t here = columns - col;
+      __m512i r0 = {}, r1 = {};
+      if (k < depth) r0 = here >= pair_columns ? load_raw(row) : load_raw(row, here);
+      if (k + 1 < depth) r1 = here >= pair_columns ? load_raw(row + w_in) : load_raw(row + w_in, here);
+      if (prefetch != 0) {
+        __builtin_prefetch(row + prefetch, 0, 2);
+        __builtin_prefetch(row + w_in + prefetch, 0, 2);
+      }
+      _mm512_store_si512(to, _mm512_maskz_unpacklo_epi16(~0u, r0, r1));
+      _mm512_store_si512(to + 16 * 32, _mm512_maskz_unpackhi_epi16(~0u, r0, r1));
     }
-    _mm512_store_si512(low + k * 16, _mm512_maskz_unpacklo_epi16(~0u, r0, r1));
-    _mm512_store_si512(low + 16 * 32 + k * 16, _mm512_maskz_unpackhi_epi16(~0u, r0, r1));
   }
 }
 
@@ -137,20 +142,25 @@ inline void amx_rank(const bf16* w, int64_t w_in, const bf16* a, int64_t lda, in
   shapes.set(2, rows, 64);                                          // a
   for (int tile = 4; tile < 6; ++tile) shapes.set(tile, 16, 64);    // w
   const TileSession session(shapes);
-  alignas(64) bf16 block[2 * 16 * 32];
+  constexpr int64_t run = blocks_a_run * pair_columns;
+  alignas(64) bf16 blocks[blocks_a_run][2][16 * 32];
   for (int64_t k = 0; k < in; k += 32) {
     const int64_t ahead = k + 64 <= in ? 32 * w_in : 0;
     tile_load<2>(a + k, 2 * lda);
-    for (int64_t col = 0; col < columns; col += pair_columns) {
-      tile_load<0>(sums + col, 4 * sums_ld);
-      tile_load<1>(sums + col + W, 4 * sums_ld);
-      unpack_block(w + k * w_in + col, w_in, in - k, smaller<int64_t>(pair_columns, columns - col), ahead, block);
-      tile_load<4>(block, 64);
-      tile_load<5>(block + 16 * 32, 64);
-      tile_multiply<0, 2, 4>();
-      tile_multiply<1, 2, 5>();
-      tile_store<0>(sums + col, 4 * sums_ld);
-      tile_store<1>(sums + col + W, 4 * sums_ld);
+    for (int64_t from = 0; from < columns; from += run) {
+      const int64_t wide = smaller(run, columns - from);
+      unpack_blocks(w + k * w_in + from, w_in, in - k, wide, ahead, blocks[0][0]);
+      for (int64_t col = 0; col < wide; col += pair_columns) {
+        float* to = sums + from + col;
+        tile_load<0>(to, 4 * sums_ld);
+        tile_load<1>(to + W, 4 * sums_ld);
+        tile_load<4>(blocks[col / pair_columns][0], 64);
+        tile_load<5>(blocks[col / pair_columns][1], 64);
+        tile_multiply<0, 2, 4>();
+        tile_multiply<1, 2, 5>();
+        tile_store<0>(to, 4 * sums_ld);
+        tile_store<1>(to + W, 4 * sums_ld);
+      }
     }
   }
 }
