@@ -1,10 +1,5 @@
 """Benchmarks, one file per question; `python -m svdkern bench` lists them. Not installed: they come with the sources."""
 
-import os
-
-# What a user has tuned on this machine is not what others get: the choices that are measured are the shipped ones.
-os.environ["SVDKERN_CACHE_DIR"] = os.devnull
-
 BENCHES = {
     "linear": "one adapted layer, against the frozen one and every other way to compute it",
     "model_step": "a whole training step of a model, time and memory",
