@@ -5,11 +5,14 @@
 #   OUT=results-folder bash bench/device.sh                 the environment that `make` has made in .venv
 #   WHEEL=dist/svdkern-….whl … bash bench/device.sh         a carried wheel instead of a build
 #   STAGES="accuracy linear" … bash bench/device.sh         only these; what other stages found before stays
+#   STAGES=tune … bash bench/device.sh                      the tiles of the Triton kernels, for svdkern/backends/triton_tiles.json
 #   REHEARSE=1 bash bench/device.sh                         the same code on the CPU with tiny sizes, to test this file
 #
 # Stages, in order, each with a time limit and a log of its own: environment, build, doctor, tests (each kernel against
-# fp64), accuracy, ceilings, linear, memory, compile, plots. A stage that fails or runs out of time is written down and the
-# rest goes on; the exit status says whether all went well. A provider whose result is wrong is not timed, its row says why.
+# fp64), accuracy, ceilings, linear, memory, compile, plots. Only where STAGES names it: tune, which takes the ten minutes for
+# itself; what it has measured is in triton_tiles.json among the parts. A stage that fails or runs out of time is written down
+# and the rest goes on; the exit status says whether all went well. A provider whose result is wrong is not timed, its row says
+# why.
 # A copy without .git is told its commit by BENCH_COMMIT; without that nothing it measures counts as a result.
 #
 # Written to $OUT (default runs/device), anew after every stage: summary.json (stages with exit status and seconds) and
@@ -25,7 +28,8 @@ REHEARSE=${REHEARSE:-}
 TOTAL_SECONDS=${TOTAL_SECONDS:-570}
 if [ -n "${SYSTEM:-}" ]; then PYTHON=${PYTHON:-python3}; else PYTHON=${PYTHON:-.venv/bin/python}; fi
 [ -n "${STAGES:-}" ] || rm -rf "$PARTS" # all of them: nothing of an earlier run counts
-STAGES=${STAGES:-environment build doctor tests accuracy ceilings linear memory compile plots}
+ALL="environment build doctor tests accuracy ceilings linear memory compile plots"
+STAGES=${STAGES:-$ALL}
 mkdir -p "$OUT" "$PARTS"
 touch "$PARTS/stages.tsv"
 
@@ -35,6 +39,8 @@ if [ -n "$REHEARSE" ]; then
   ACCURACY_SHAPES="16x64x48x4"
   SECONDS_A_GROUP=0.2
   TRITON=""
+  TUNE_SHAPES="8x64x64x4"
+  TUNE_SECONDS=20
   TESTS="tests/test_functional.py -k gates" # what needs a GPU cannot run here
 else
   DEVICE=cuda
@@ -44,6 +50,10 @@ else
   ACCURACY_SHAPES="512x1024x1024x16 512x1024x1024x128 4x4096x1024x16"
   SECONDS_A_GROUP=1.5
   TRITON="svdkern-triton"
+  # r = 16 first: compiling is most of the time, and layers of one R and dtype share what is compiled.
+  TUNE_SHAPES="8192x4096x4096x16 2048x4096x4096x16 8192x2048x2048x16 1024x576x1536x16 16x4096x4096x16 4x4096x4096x16
+               8192x4096x4096x64 2048x4096x4096x64"
+  TUNE_SECONDS=400
   TESTS="-m gpu --continue-on-collection-errors -n 4"
 fi
 export BENCH_RESULTS="$PARTS/results" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -87,9 +97,9 @@ stage() { # stage NAME LIMIT COMMAND...
 }
 
 for name in $STAGES; do
-  case " environment build doctor tests accuracy ceilings linear memory compile plots " in
+  case " $ALL tune " in
     *" $name "*) ;;
-    *) echo "STAGES names $name; there are environment build doctor tests accuracy ceilings linear memory compile plots" >&2
+    *) echo "STAGES names $name; there are $ALL tune" >&2
        exit 2 ;;
   esac
 done
@@ -119,6 +129,9 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
   stage memory 60 "$PYTHON" -m svdkern bench memory --device "$DEVICE" --dtypes bf16 --shapes ${SHAPES%% *}
   stage compile 60 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes ${SHAPES%% *} --dtypes bf16 \
     --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern $TRITON --compile
+  # It begins nothing new after TUNE_SECONDS; what is left is for the candidates that it has begun.
+  stage tune $((TUNE_SECONDS + 90)) "$PYTHON" -m svdkern tune --device "$DEVICE" --shapes $TUNE_SHAPES --dtypes bfloat16 \
+    --seconds "$SECONDS_A_GROUP" --stop-after "$TUNE_SECONDS" --out "$PARTS/triton_tiles.json"
   stage plots 45 "$PYTHON" -m svdkern bench report --plots
 }
 

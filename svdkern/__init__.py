@@ -4,6 +4,7 @@ svd_linear                    the function
 SVDLinear                     the module, a drop-in for ``nn.Linear``
 linear, Linear                the same kernels for a layer without an adapter
 adapt                         puts SVDLinear into a model, by method and rank
+warmup                        compiles a model's GPU kernels before a CUDA graph captures it
 merge, unmerge                folds the adapters into the weights, and back to the same bits
 save_adapter, load_adapter    the adapter as a directory; loading rebuilds the same bits, without an SVD
 regularization                the method's own penalty on the factors
@@ -23,6 +24,7 @@ from svdkern import linalg
 from svdkern.checkpoint import load_adapter, save_adapter
 from svdkern.frozen import Linear, linear
 from svdkern.functional import svd_linear
+from svdkern.graphs import warmup
 from svdkern.model import adapt, merge, regularization, unmerge
 from svdkern.nn import SVDLinear
 
@@ -41,4 +43,5 @@ __all__ = [
     "save_adapter",
     "svd_linear",
     "unmerge",
+    "warmup",
 ]

@@ -1,13 +1,18 @@
 """``python -m svdkern tune``: measure the paths of layers on this machine, and keep which is the fastest.
 
-Layer: below ``cli``. Measuring is ``backends/measure.py``, keeping ``backends/tuned.py``; here is what to measure, and the report.
+With ``--device cuda``: the tiles of the Triton kernels on this GPU.
+
+Layer: below ``cli``. Measuring is ``backends/measure.py``, keeping ``backends/tuned.py`` (for a GPU ``triton_tune.py`` and
+``triton_tiles.py`` there); here is what to measure, and the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from svdkern import timing
-from svdkern.backends import choices, cpu, extension, tuned
+from svdkern.backends import choices, cpu, extension, triton, triton_tiles, triton_tune, tuned
 from svdkern.backends.measure import seconds_of_paths
 from svdkern.backends.table import DTYPES, PATHS, Row, Shape, Table, read_table, write_table
 
@@ -40,6 +45,9 @@ svdkern takes a table that was measured before it was shipped and, for a layer t
 `python -m svdkern doctor --shape MxKxNxr` shows both. A measurement replaces that choice only where another path takes
 at least 3 % less time for a forward and backward. It serves layers up to an octave (a factor of 2) away in M, K and N,
 too. Quiet the machine first, and set the number of threads that you train with (OMP_NUM_THREADS).
+
+With --device cuda it measures, instead of paths, the tiles that the Triton kernels of a layer's forward and backward are
+launched with on this GPU: a short list of candidates, each compiled and checked against float64 before it is timed.
 """
 
 _EXAMPLES = """\
@@ -47,6 +55,7 @@ examples:
   python -m svdkern tune --shapes 2048x576x1536x16 1x4096x4096x16 --dtypes bfloat16
   python -m svdkern tune --model ~/models/Llama-3.2-1B --rows 512 4096 --rank 16      its linear layers
   python -m svdkern tune --model ~/models/Llama-3.2-1B --dry-run                      what that would measure
+  python -m svdkern tune --device cuda --shapes 8192x4096x4096x16 --dtypes bfloat16   tiles of the Triton kernels
   python -m svdkern tune --clear                                                      forget all
 
 What is measured is kept in $SVDKERN_CACHE_DIR, else $XDG_CACHE_HOME/svdkern, else ~/.cache/svdkern, for this build of
@@ -65,6 +74,7 @@ def add_tune(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure on (default: cpu)")
     what = parser.add_argument_group("what to measure (together, if several are given)")
     what.add_argument("--shapes", metavar="MxKxNxr", type=shape_of, nargs="+", default=[], help="layers")
     what.add_argument(
@@ -73,10 +83,12 @@ def add_tune(commands: Any) -> None:
     what.add_argument("--rows", metavar="M", type=_positive, nargs="+", default=[1, 16, 512, 2048],
                       help="rows of x for --model: batch x sequence length in training (default: 1 16 512 2048)")  # fmt: skip
     what.add_argument("--rank", metavar="r", type=_positive, nargs="+", default=[16], help="for --model (default: 16)")
-    what.add_argument("--grid", action="store_true", help="the layers of the shipped table (about 3 minutes)")
+    what.add_argument("--grid", action="store_true", help="the layers of the CPU's shipped table (about 3 minutes)")
     what.add_argument("--dtypes", metavar="DTYPE", choices=DTYPES, nargs="+", default=list(DTYPES),
                       help=f"of activations and weight: {' '.join(DTYPES)} (default: all)")  # fmt: skip
     parser.add_argument("--seconds", metavar="S", type=_seconds, default=0.3, help="for each layer (default: 0.3)")
+    parser.add_argument("--stop-after", metavar="S", type=_seconds, default=math.inf,
+                        help="with --device cuda: begin nothing new after so many seconds (most go into compiling)")  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="show the layers and their present choice; measure nothing"
     )
@@ -100,13 +112,21 @@ def tune(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         shapes += [Shape(m, k, n, r) for k, n in GRID_WEIGHTS for r in GRID_RANKS for m in GRID_ROWS]
     if not shapes and not options.clear:
         parser.error("nothing to measure: give --shapes, --model or --grid")
+    on_gpu = options.device == "cuda"
+    if options.grid and on_gpu:
+        parser.error("--grid has the layers of the CPU's table: give --shapes or --model")
     if choices.distributed():
         parser.error("this is one of several ranks (WORLD_SIZE): measure in a process of its own")
     if options.clear and not options.dry_run:
-        print(f"forgot {tuned.clear()} choices in {tuned.base_folder()}")
-        choices.forget()
+        if on_gpu:
+            print(f"forgot {triton_tiles.clear()} tables of tiles in {tuned.base_folder()}")
+        else:
+            print(f"forgot {tuned.clear()} choices in {tuned.base_folder()}")
+            choices.forget()
     if not shapes:
         return 0
+    if on_gpu:
+        return _tune_tiles(options, parser, list(dict.fromkeys(shapes)))
     if extension.why_missing is not None:
         print(f"nothing to choose from: the compiled extension is missing ({extension.why_missing})")
         return 1
@@ -167,6 +187,54 @@ def _measure(layers: Sequence[tuple[Shape, torch.dtype]], seconds: float, out: P
     else:
         print(f"saved {kept} choices in {tuned.folder()}")
     return status
+
+
+def _tune_tiles(options: argparse.Namespace, parser: argparse.ArgumentParser, shapes: Sequence[Shape]) -> int:
+    """The same for the Triton kernels on the current GPU; what is measured is kept at once, a layer at a time."""
+    dtypes = [getattr(torch, name) for name in dict.fromkeys(options.dtypes)]
+    device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    reason = "there is no CUDA device" if not torch.cuda.is_available() else triton.why_not(device, dtypes[0])
+    if reason is not None:
+        print(f"nothing to measure on: {reason}")
+        return 1
+    out, gpu, deadline = options.out, triton_tiles.gpu_name(device), time.monotonic() + options.stop_after
+    try:
+        rows = triton_tiles.read_rows(out) if out is not None and out.exists() else []
+    except (OSError, ValueError) as error:
+        parser.error(f"--out {out}: {error}")
+    place = out if out is not None else triton_tiles.user_file(gpu)
+    print(f"{gpu}, triton {triton_tiles.triton_version()}, torch {torch.__version__}")
+    layers = [(shape, dtype, family) for dtype in dtypes for shape in shapes for family in triton_tune.families(shape)]
+    if options.dry_run:
+        for shape, dtype, family in layers:
+            print(f"{_sizes(shape, dtype)}  {family}")
+        return 0
+    kept = 0
+    try:
+        for shape, dtype, family in layers:
+            if time.monotonic() > deadline:
+                print(f"stopped after {options.stop_after:g} s")
+                break
+            found, row = triton_tune.measure(family, shape, dtype, device, seconds=options.seconds, deadline=deadline)
+            for line in _tile_lines(shape, dtype, family, found, row):
+                print(line, flush=True)
+            if row is None:
+                continue
+            if out is not None:
+                rows.append(row)
+                triton_tiles.write_rows(out, rows)
+                out.chmod(0o644)
+            else:
+                triton_tiles.save([row], gpu)
+            kept += 1
+    except KeyboardInterrupt:
+        print("stopped; what was measured until now is kept")
+        return 130
+    except OSError as error:
+        print(f"tiles could not be saved: {error}")
+        return 1
+    print(f"saved tiles for {kept} of {len(layers)} layers and families in {place}")
+    return 0 if kept else 1
 
 
 def weights_of_model(folder: Path) -> list[tuple[int, int]]:
@@ -230,6 +298,19 @@ def _line(
     else:
         what = f"{row.choice} instead of {before.path} ({before.source})"
     return f"{_sizes(shape, dtype)}{columns}  {what}"
+
+
+def _tile_lines(
+    shape: Shape, dtype: torch.dtype, family: str, found: triton_tune.Found, row: triton_tiles.Row | None
+) -> Iterator[str]:
+    if row is None:
+        yield f"{_sizes(shape, dtype)}  {family:<9} no candidate could be run"
+    else:
+        rule = "none" if row.rule_s is None else _time(row.rule_s)
+        tiles = "x".join(map(str, row.config[:3]))
+        yield f"{_sizes(shape, dtype)}  {family:<9} rule {rule:>8}  best {_time(row.seconds):>8}  {tiles} {row.config}"
+    for config, problem in found.problems.items():
+        yield f"    left out: {'x'.join(map(str, config))}: {problem}"
 
 
 def _present(layers: Iterable[tuple[Shape, torch.dtype]]) -> Iterator[str]:

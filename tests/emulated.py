@@ -22,6 +22,7 @@ OUTPUTS = {
     "forward_kernel": ("y", "h_out"),
     "backward_kernel": ("dx", "dsigma", "dcore", "dscale", "dgate", "du", "dv", "dbias"),
     "reduce_kernel": tuple(f"o{i}" for i in range(6)),
+    "gram_kernel": ("partial",),
 }
 BETWEEN = ("control", "z", "q")  # written and read by tiles of one launch; everything else is read alone
 

@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU: float64 truth, repeatability, graphs, streams, threads, memory, and the emulator's opinion."""
+"""The Triton kernels on a GPU: float64 truth, repeatability, graphs, streams, threads, memory, and the emulator's opinion."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from test_cuda import on_cuda
 from torch import Tensor
 
 from svdkern import svd_linear
+from svdkern.backends import dispatch, triton_gram
 from svdkern.backends import triton as backend
 from svdkern.backends.philox import keep_mask, keep_scale, threshold_of
+from svdkern.linalg import orth_penalty
 
 pytestmark = [
     pytest.mark.gpu,
@@ -218,3 +220,42 @@ def test_memory_is_that_of_the_results() -> None:
     results = 2 * (m * n + m * k) + 4 * r * (k + n)
     between = 4 * m * r + 2 * 2 * m * r + 4 * r * (k + n) * -(-m // 1024) + 2 * 2 * r * (k + n)
     assert peak <= results + between + (4 << 20), f"{peak} bytes, results {results}, between {between}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "r"), [(1, 1), (31, 17), (1000, 16), (4096, 64), (5000, 100), (4096, 512)])
+@pytest.mark.parametrize("layout", ["rows", "columns", "part of wider rows"])
+def test_the_gram_matrix(layout: str, rows: int, r: int, dtype: torch.dtype) -> None:
+    """Symmetric, the same bits every time, and right: to the rounding of sums that tensor cores may truncate at every step."""
+    factor = (torch.randn(rows, r + 3, device="cuda") / rows**0.5).to(dtype)[:, 1 : r + 1]
+    if layout == "columns":
+        factor = factor.t().contiguous().t()
+    elif layout == "rows":
+        factor = factor.contiguous()
+    first, *others = (triton_gram.gram(factor) for _ in range(5))
+    assert all(torch.equal(first, again) for again in others)
+    assert torch.equal(first, first.t())
+    exact, size = factor.double().t() @ factor.double(), factor.double().abs().t() @ factor.double().abs()
+    assert first.dtype == torch.float32
+    assert ((first.double() - exact).abs() <= 2**-19 * size + 1e-30).all()
+
+
+def test_the_penalty_takes_the_kernel_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    factor = torch.linalg.qr(torch.randn(1000, 16, device="cuda"))[0] * 1.1
+    leaves = [factor.clone().requires_grad_() for _ in range(2)]
+    expected = orth_penalty(leaves[0])
+    expected.backward()
+    calls = []
+    kernel = triton_gram.gram
+    monkeypatch.setattr(triton_gram, "gram", lambda factor: calls.append(1) or kernel(factor))
+    monkeypatch.setenv("SVDKERN_BACKEND", "triton")
+    dispatch.read_environment()
+    try:
+        got = orth_penalty(leaves[1])
+    finally:
+        monkeypatch.undo()
+        dispatch.read_environment()
+    got.backward()
+    assert calls == [1]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-3, atol=1e-5)

@@ -49,13 +49,13 @@ def outer_tile(
     a, stride_a, columns, L, q, R: tl.constexpr, rank, RT: tl.constexpr, first_row, last_row, part, partial, r, sums,
     rng_state, threshold, keep_scale,
     BF: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr, WGMMA: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_STAGE: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     """partial[part, columns, rank] = (D * a)[rows, columns]^T q[rows, rank], and sums[part, columns] = the sum of a over rows."""
     depth, offsets = tl.arange(0, BD), tl.arange(0, BF)
     acc = tl.zeros((BF, RT), tl.float32)
     total = tl.zeros((BF,), tl.float32)
-    STAGES: tl.constexpr = 1 if (DROPOUT or SUM) and WGMMA > 0 else None  # launching.wgmma says why
+    STAGES: tl.constexpr = 1 if (DROPOUT or SUM) and ONE_STAGE else None  # launching.wgmma says why
     for row in tl.range(first_row, last_row, BD, num_stages=STAGES):
         rows = row + depth
         inside = rows < last_row
@@ -68,7 +68,7 @@ def outer_tile(
                 tile = tl.where(keep(rows, columns, rng_state, threshold, BF), tile, 0.0)
             q_at = q + rows[:, None].to(tl.int64) * R + rank[None, :]
             right = tl.load(q_at, mask=inside[:, None], other=0.0)
-            if WGMMA == 2:
+            if FENCE:
                 fence_async_proxy()
             acc = tl.dot(tl.trans(tile), right, acc, input_precision=PRECISION)
     if PRODUCT:
@@ -87,7 +87,7 @@ def backward_kernel(
     BF: tl.constexpr, BD: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     DROPOUT: tl.constexpr, BASE: tl.constexpr, WANT_P: tl.constexpr, WANT_X: tl.constexpr, WANT_U: tl.constexpr,
     WANT_SIGMA: tl.constexpr, WANT_V: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_SCALE: tl.constexpr, WANT_CORE: tl.constexpr,
-    WANT_GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
+    WANT_GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, ONE_STAGE: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = dy.dtype.element_ty
     NEEDS_H: tl.constexpr = WANT_V or WANT_SIGMA or WANT_SCALE or WANT_CORE or WANT_GATE
@@ -124,7 +124,7 @@ def backward_kernel(
             if WANT_P:
                 p = product(
                     tl.zeros((BM, RT), tl.float32), dy, stride_dy, rows, M, v, 1, stride_v, rank, R, 0, N,
-                    rng_state, threshold, BK, False, PRECISION, WGMMA,
+                    rng_state, threshold, BK, False, PRECISION, ONE_STAGE, FENCE,
                 )  # fmt: skip
                 t = p * s
                 if WANT_GATE:
@@ -161,7 +161,7 @@ def backward_kernel(
                     else:
                         acc = product(
                             acc, dy, stride_dy, rows, M, weight, stride_wn, stride_wk, columns, K, 0, N,
-                            rng_state, threshold, BK, False, PRECISION, WGMMA,
+                            rng_state, threshold, BK, False, PRECISION, ONE_STAGE, FENCE,
                         )  # fmt: skip
                 if not DROPOUT:
                     consume(control, group, PIECES)
@@ -177,7 +177,7 @@ def backward_kernel(
                     rank = tile % PIECES * RT + tl.arange(0, RT)
                     outer_tile(
                         x, stride_x, tile // PIECES * BF, K, q, R, rank, RT, first_row, last_row, super_group, du, r, None,
-                        rng_state, threshold, keep_scale, BF, BD, DROPOUT, True, False, PRECISION, WGMMA,
+                        rng_state, threshold, keep_scale, BF, BD, DROPOUT, True, False, PRECISION, ONE_STAGE, FENCE,
                     )  # fmt: skip
             else:
                 if WANT_V or WANT_BIAS:
@@ -185,7 +185,7 @@ def backward_kernel(
                     rank = tile % PIECES * RT + tl.arange(0, RT)
                     outer_tile(
                         dy, stride_dy, tile // PIECES * BF, N, z, R, rank, RT, first_row, last_row, super_group, dv, r, dbias,
-                        rng_state, threshold, keep_scale, BF, BD, False, WANT_V, WANT_BIAS, PRECISION, WGMMA,
+                        rng_state, threshold, keep_scale, BF, BD, False, WANT_V, WANT_BIAS, PRECISION, ONE_STAGE, FENCE,
                     )  # fmt: skip
         ticket = take_ticket(control)
 
@@ -255,8 +255,8 @@ def backward(
         R=R, RT=RT, BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, BF=BF, BD=config.BD, KIND=kind(sigma, core), GATED=gate is not None,
         SCALE_ON_DEVICE=not on_host, DROPOUT=threshold > 0, BASE=weight is not None, WANT_P=wants_p, WANT_X=want.x,
         WANT_U=want.u, WANT_SIGMA=want.sigma, WANT_V=want.v, WANT_BIAS=want.bias, WANT_SCALE=want.scale,
-        WANT_CORE=want.core, WANT_GATE=want.gate, TMA=tma, PRECISION=precision, WGMMA=launching.wgmma(dy.device),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        WANT_CORE=want.core, WANT_GATE=want.gate, TMA=tma, PRECISION=precision,
+        num_warps=config.num_warps, num_stages=config.num_stages, **launching.wgmma(dy.device),
     )  # fmt: skip
     shapes = {"sigma": (1, r), "core": (r, r), "scale": (1, 1), "u": (width, r), "v": (out, r), "bias": (1, out)}
     found = []

@@ -1,8 +1,9 @@
 """Tile sizes by architecture, dtype, R and the size of the layer: what each kernel is launched with.
 
 BM, BN, BK: rows, columns and depth of a tile of the base product; RT: ranks of a tile with a factor; HEIGHT row groups of a
-super-group; BF, BD: columns and depth of dU- and dV-tiles. They fit the parts: no accumulator spills, and what is staged has
-room in shared memory (tests/test_triton_gates.py compiles them). Nothing here was measured on a GPU yet.
+super-group; BF, BD: columns and depth of dU- and dV-tiles. ``training`` and ``decoding`` are the rule, for what nobody has
+measured (svdkern/backends/triton_tiles.py has the table); ``candidates`` is what a tuner tries beside it. Nothing here was
+measured on a GPU yet; tests/test_triton_gates.py and test_triton_tiles.py compile it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
+FAMILIES = ("forward", "backward", "decode")
+"""The persistent forward, the persistent backward, the two launches of a forward of up to ``DECODE_M`` rows."""
 
 DECODE_M = 16
 """Up to this many rows a layer is decoding: two small launches instead of one persistent one."""
@@ -52,3 +56,52 @@ def decoding(dtype: torch.dtype, R: int) -> Config:
     if dtype == torch.float32:
         return Config(16, 32, 64 if R <= 128 else 32, R, 1, 32, 32, 4, 2)
     return Config(16, 32, 128 if R <= 64 else 64, R, 1, 64, 32, 4, 4 if R <= 64 else 2)
+
+
+SMALL_SHARED = (86, 89, 120, 121)
+"""Parts with 99 KiB of shared memory for a CTA, where 8.0 has 163 and 9.0 and 10.0 have 227."""
+
+
+def shared_memory(arch: int) -> int:
+    """Bytes of shared memory that a CTA may have."""
+    if arch in SMALL_SHARED:
+        return 99 << 10
+    return (227 if arch >= 90 else 163) << 10
+
+
+def staged(config: Config, dtype: torch.dtype) -> int:
+    """Bytes that the main loop's stages take in shared memory."""
+    return config.num_stages * (config.BM + config.BN) * config.BK * dtype.itemsize
+
+
+def candidates(family: str, arch: int, dtype: torch.dtype, R: int) -> list[Config]:
+    """What a tuner tries beside the rule, for a layer without a core; the main loop's stages of each have room."""
+    RT = min(R, 32 if dtype == torch.float32 else 64)
+    if family == "decode":
+        found = _decoding_candidates(dtype, R)
+    elif dtype == torch.float32:
+        sizes = [(32, 32, 32, 4, 2), (32, 64, 16, 4, 3), (64, 32, 32, 4, 2), (64, 64, 16, 8, 2)]
+        found = [Config(BM, BN, BK, RT, 16, 64, 16, warps, stages) for BM, BN, BK, warps, stages in sizes]
+    else:
+        sizes = [(64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 32, 8, 4)]
+        sizes += [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3)]
+        BD = 32 if arch >= 100 else 64
+        found = [
+            Config(BM, BN, BK, min(RT, 32) if BN == 256 else RT, 8, 64, BD, warps, stages)
+            for BM, BN, BK, warps, stages in sizes
+            if BN < 256 or arch >= 90  # sums of 128 x 256 in the registers of 8 warps: with wgmma alone
+        ]
+        if family == "forward":
+            found += [Config(128, 128, 64, RT, 16, 64, BD, 8, 3)]
+        else:
+            found += [Config(64, 64, 64, RT, 8, 128, 32, 4, 3), Config(128, 128, 64, RT, 8, 128, 32, 8, 3)]
+    return [config for config in found if staged(config, dtype) <= shared_memory(arch)]
+
+
+def _decoding_candidates(dtype: torch.dtype, R: int) -> list[Config]:
+    if dtype == torch.float32:
+        return [Config(16, BN, 32, R, 1, 32, 32, 4, 2) for BN in (16, 32, 64)]
+    if R > 64:
+        return [Config(16, BN, 64, R, 1, 64, 32, 4, 2) for BN in (16, 64)]
+    sizes = [(16, 128, 4), (64, 128, 4), (32, 64, 4), (32, 256, 3), (64, 64, 6)]
+    return [Config(16, BN, BK, R, 1, 64, 32, 4, stages) for BN, BK, stages in sizes]

@@ -45,7 +45,7 @@ def forward_kernel(
     y, stride_y, h_out, rng_state, threshold, keep_scale,
     R: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEIGHT: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, SAVE_H: tl.constexpr,
-    DROPOUT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
+    DROPOUT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, ONE_STAGE: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = y.dtype.element_ty
     PIECES: tl.constexpr = R // RT
@@ -62,7 +62,7 @@ def forward_kernel(
             rows, rank = group * BM + tl.arange(0, BM), piece * RT + tl.arange(0, RT)
             h = product(
                 tl.zeros((BM, RT), tl.float32), x, stride_x, rows, M, u, 1, stride_u, rank, R, 0, K,
-                rng_state, threshold, BK, DROPOUT, PRECISION, WGMMA,
+                rng_state, threshold, BK, DROPOUT, PRECISION, ONE_STAGE, FENCE,
             )  # fmt: skip
             if DROPOUT:
                 h *= keep_scale
@@ -85,7 +85,7 @@ def forward_kernel(
             else:
                 acc = product(
                     acc, x, stride_x, rows, M, weight, stride_wk, stride_wn, columns, N, 0, K,
-                    rng_state, threshold, BK, False, PRECISION, WGMMA,
+                    rng_state, threshold, BK, False, PRECISION, ONE_STAGE, FENCE,
                 )  # fmt: skip
             consume(control, group, PIECES)
             acc = adapter_step(acc, z, rows, M, v, columns, N, R, RT, PRECISION)
@@ -127,6 +127,5 @@ def forward(
         rng_state, threshold, keep_scale,
         R=R, RT=RT, BM=BM, BN=BN, BK=BK, HEIGHT=config.HEIGHT, KIND=kind(sigma, core), GATED=gate is not None,
         SCALE_ON_DEVICE=not on_host, BIAS=bias is not None, SAVE_H=h is not None, DROPOUT=threshold > 0,
-        TMA=tma, PRECISION=precision, WGMMA=launching.wgmma(x.device),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        TMA=tma, PRECISION=precision, num_warps=config.num_warps, num_stages=config.num_stages, **launching.wgmma(x.device),
     )  # fmt: skip

@@ -5,7 +5,10 @@ The emulated tests put their own function here, so that what is proved without a
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,13 +17,45 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-    """``kernel[grid](*arguments, **meta)`` on the device of the first argument."""
+    """``kernel[grid](*arguments, **meta)`` on the device of the first argument.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and the kernel has not been compiled for such arguments.
+    """
     device = arguments[0].device
-    if device.index is not None and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    elsewhere = device.index is not None and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        with _compiled_only(kernel) if capturing() else contextlib.nullcontext():
             kernel[grid](*arguments, **meta)
-    else:
-        kernel[grid](*arguments, **meta)
+
+
+@contextlib.contextmanager
+def _compiled_only(kernel: Any) -> Iterator[None]:
+    """Inside, a launch that would have to compile and load this kernel is an error: a capture cannot hold that."""
+
+    def refuse(*, fn: Any, **rest: Any) -> bool | None:
+        if fn.jit_function is kernel and capturing():
+            raise RuntimeError(
+                f"{fn.name} is not compiled for these sizes and dtypes, and cannot be while a CUDA graph is captured: call "
+                "svdkern.warmup(model, rows), or run one step, before the capture"
+            )
+        return None if before is None else before(fn=fn, **rest)
+
+    with _capture:  # Triton asks one hook for all threads
+        before = triton.knobs.runtime.jit_cache_hook
+        triton.knobs.runtime.jit_cache_hook = refuse
+        try:
+            yield
+        finally:
+            triton.knobs.runtime.jit_cache_hook = before
+
+
+_capture = threading.Lock()
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream; False without a GPU."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -41,17 +76,16 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
-def wgmma(device: torch.device) -> int:
-    """What the kernels must do about wgmma (sm_90): 0 nothing; 1 and 2 no staged loop with a left operand in registers; 2 fences.
+def wgmma(device: torch.device) -> dict[str, bool]:
+    """What the kernels must do about wgmma (sm_90), as their constants ONE_STAGE and FENCE; both were found by running the PTX.
 
-    Both were found by running the PTX. Where the left operand of a staged loop is in registers (a masked tile, or one that is
-    summed as well), Triton leaves up to three products in flight while it writes the registers and stages that they read.
-    Before 3.7 it puts no proxy fence between cp.async and the wgmma that reads what it brought (mended by triton-lang/triton
-    pull request 9610).
+    ONE_STAGE: a loop whose left operand is in registers (a masked tile, or one that is summed as well) is not staged: Triton
+    leaves up to three products in flight while it writes the registers and stages that they read.
+    FENCE: a proxy fence stands between cp.async and the wgmma that reads what it brought. Before 3.7 Triton puts none there
+    (mended by triton-lang/triton pull request 9610).
     """
-    if architecture(device) != 90:
-        return 0
-    return 1 if triton_version() >= (3, 7) else 2
+    has_wgmma = architecture(device) == 90
+    return {"ONE_STAGE": has_wgmma, "FENCE": has_wgmma and triton_version() < (3, 7)}
 
 
 def on_host(scale: torch.Tensor) -> bool:

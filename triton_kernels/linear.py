@@ -21,7 +21,8 @@ from .tiles import kind, load_rows, load_scale, modulate, product, store_rows
 def linear_kernel(
     x, stride_x, M, K, weight, stride_wn, stride_wk, N, partial, splits, v, r, sigma, core, gate, scale, bias, y, stride_y, h_out,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
-    SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, BIAS: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_STAGE: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = y.dtype.element_ty
     rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
@@ -39,25 +40,9 @@ def linear_kernel(
     acc = tl.dot(z.to(T), f, tl.zeros((BM, BN), tl.float32), input_precision=PRECISION)
     if BASE:
         acc = product(
-            acc,
-            x,
-            stride_x,
-            rows,
-            M,
-            weight,
-            stride_wk,
-            stride_wn,
-            columns,
-            N,
-            0,
-            K,
-            None,
-            0,
-            BK,
-            False,
-            PRECISION,
-            WGMMA,
-        )
+            acc, x, stride_x, rows, M, weight, stride_wk, stride_wn, columns, N, 0, K, None, 0, BK, False,
+            PRECISION, ONE_STAGE, FENCE,
+        )  # fmt: skip
     if BIAS:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     at = y + rows[:, None].to(tl.int64) * stride_y + columns[None, :]
@@ -80,5 +65,5 @@ def linear(
         partial, partial.shape[0], v, r, sigma, core, gate, scale.item() if on_host else scale, bias, y, y.stride(0), h,
         R=v.shape[1], BM=config.BM, BN=config.BN, BK=config.BK, KIND=kind(sigma, core), GATED=gate is not None,
         SCALE_ON_DEVICE=not on_host, BIAS=bias is not None, BASE=weight is not None, PRECISION=precision,
-        WGMMA=launching.wgmma(x.device), num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **launching.wgmma(x.device),
     )  # fmt: skip

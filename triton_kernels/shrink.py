@@ -20,14 +20,15 @@ from .tiles import product, store_rows
 @triton.jit(do_not_specialize=["M", "threshold"])
 def shrink_kernel(
     a, stride_a, M, K, factor, stride_factor, r, out, rng_state, threshold, keep_scale, per_split,
-    R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
+    R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_STAGE: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
     first = split * per_split
     h = product(
         tl.zeros((BM, R), tl.float32), a, stride_a, rows, M, factor, 1, stride_factor, tl.arange(0, R), R,
-        first, tl.minimum(first + per_split, K), rng_state, threshold, BK, DROPOUT, PRECISION, WGMMA,
+        first, tl.minimum(first + per_split, K), rng_state, threshold, BK, DROPOUT, PRECISION, ONE_STAGE, FENCE,
     )  # fmt: skip
     if DROPOUT:
         h *= keep_scale
@@ -48,6 +49,6 @@ def shrink(
         shrink_kernel, (triton.cdiv(rows, BM), splits),
         a, a.stride(0), rows, width, columns, columns.stride(0), r, out, rng_state, threshold, keep_scale, per_split,
         R=columns.shape[0], BM=BM, BK=BK, DROPOUT=threshold > 0, PRECISION=precision,
-        WGMMA=launching.wgmma(a.device), num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **launching.wgmma(a.device),
     )  # fmt: skip
     return out

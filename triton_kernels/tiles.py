@@ -25,20 +25,21 @@ def fence_async_proxy():
 @triton.jit
 def product(
     acc, a, stride_a, rows, M, b, stride_bk, stride_bn, columns, N, first, K,
-    rng_state, threshold, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
+    rng_state, threshold, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_STAGE: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
     """acc + (D * a)[rows, first : K] b[first : K, columns] without D's factor. Offsets are 64-bit: M K may pass 2^31."""
     depth = tl.arange(0, BK)
     a_at = a + rows[:, None].to(tl.int64) * stride_a + (first + depth)[None, :]
     b_at = b + (first + depth)[:, None].to(tl.int64) * stride_bk + columns[None, :].to(tl.int64) * stride_bn
-    STAGES: tl.constexpr = 1 if DROPOUT and WGMMA > 0 else None  # launching.wgmma says why
+    STAGES: tl.constexpr = 1 if DROPOUT and ONE_STAGE else None  # launching.wgmma says why
     for start in tl.range(first, K, BK, num_stages=STAGES):
         inside = depth < K - start
         left = tl.load(a_at, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
         right = tl.load(b_at, mask=inside[:, None] & (columns < N)[None, :], other=0.0)
         if DROPOUT:
             left = tl.where(keep(rows, start, rng_state, threshold, BK), left, 0.0)
-        if WGMMA == 2:
+        if FENCE:
             fence_async_proxy()
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         a_at += BK

@@ -6,8 +6,9 @@
 
 Layer: like ``cpu``; the kernels are in ``triton_kernels``. It takes float32, bfloat16 and float16 activations, r up to 512,
 and any strides (an x or dy whose rows are not contiguous is copied). A weight of another dtype than x's is cast at every call.
-No tensor on the GPU is read on the host, so calls can be captured in a CUDA graph once one call has compiled the kernels (as the
-warm-up before a capture does); a scale that is on the CPU is then part of what is captured.
+No tensor on the GPU is read on the host, so calls can be captured in a CUDA graph once the kernels are compiled: by one call, or by
+``svdkern.warmup``. A capture that would have to compile one is an error that says so. A scale that is on the CPU is part of what
+is captured. Tiles are looked up in ``triton_tiles``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from svdkern.backends import triton_tiles
 from svdkern.backends.eager import EagerBackend
 from svdkern.backends.formula import Gradients, as_rows, as_shaped, cast, gate_gradient, gate_rows
 from svdkern.backends.philox import DROPS_ALL, keep_scale
+from svdkern.backends.table import Shape
+from svdkern.triton_kernels.configs import Config
+
+Tiles = Callable[[str, torch.device, torch.dtype, bool, Shape], Config]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_R = 512
@@ -63,8 +69,9 @@ class TritonBackend(EagerBackend):
 
     name = "triton"
 
-    def __init__(self, refuse: Callable[[str], object]) -> None:
+    def __init__(self, refuse: Callable[[str], object], tiles: Tiles = triton_tiles.choose) -> None:
         self.refuse = refuse  # called with the reason where a call asks for what the kernels do not have
+        self.tiles = tiles
 
     def forward(
         self,
@@ -92,9 +99,10 @@ class TritonBackend(EagerBackend):
         g = _dense(gate, index, rows, r)
         h = a.new_empty(rows, r, dtype=torch.float32)
         y = a.new_empty(rows, out)
+        shape = Shape(rows, a.shape[1], out, R)
         if rows <= configs.DECODE_M or weight is None:
             columns, factor = pack.pack(u, False, v, True, a.dtype)
-            config = configs.decoding(a.dtype, R)
+            config = self.tiles("decode", a.device, a.dtype, core is not None, shape)
             splits = max(1, a.shape[1] // (4 * config.BK)) if rows <= configs.DECODE_M else 1
             partial = shrink.shrink(
                 a, columns, r, rng_state, threshold, keep_scale(threshold), precision, min(16, splits), config
@@ -102,7 +110,7 @@ class TritonBackend(EagerBackend):
             linear.linear(a, weight, partial, factor, r, sigma, core, g, scale, bias, y, h, config, precision)
             return as_shaped(y, x), h
         arch, processors = launching.architecture(a.device), launching.processors(a.device)
-        config = configs.training(arch, a.dtype, R, core is not None, rows, out, processors)
+        config = self.tiles("forward", a.device, a.dtype, core is not None, shape)
         control = forward.control(a, config)
         columns, factor = pack.pack(u, False, v, True, a.dtype, control)
         forward.forward(
@@ -133,7 +141,7 @@ class TritonBackend(EagerBackend):
         empty = batched or not (rows and u.numel() and v.numel())
         if threshold == DROPS_ALL or empty or not self._serves(dy.dtype, r, core):
             return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
-        from svdkern.triton_kernels import backward, configs, launching, pack
+        from svdkern.triton_kernels import backward, launching, pack
 
         b = _rows(dy)
         a = None if x is None else _rows(x)
@@ -147,7 +155,7 @@ class TritonBackend(EagerBackend):
             base = cast(weight, b.dtype) if want.x and weight is not None else None
             R = pack.padded(r)
             arch, processors = launching.architecture(b.device), launching.processors(b.device)
-            config = configs.training(arch, b.dtype, R, core is not None, rows, u.shape[0], processors)
+            config = self.tiles("backward", b.device, b.dtype, core is not None, Shape(rows, u.shape[0], v.shape[0], R))
             control = backward.control(b, config)
             factor, columns = pack.pack(u, True, v, False, b.dtype, control)
             backward.backward(

@@ -8,12 +8,10 @@ import triton.language as tl
 
 
 @triton.jit
-def product(x, w, y, M, N, K, sxm, swn, sym, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """y = x w^T: a software pipeline of masked tiles."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+def pipeline(x, sxm, rows, M, w, swn, columns, N, K, BK: tl.constexpr):
+    """x[rows, :] w[columns, :]^T: a software pipeline of masked tiles."""
     depth = tl.arange(0, BK)
-    total = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     x_tile = x + rows[:, None] * sxm + depth[None, :]
     w_tile = w + columns[None, :] * swn + depth[:, None]
     for k in range(0, K, BK):
@@ -22,6 +20,15 @@ def product(x, w, y, M, N, K, sxm, swn, sym, BM: tl.constexpr, BN: tl.constexpr,
         total = tl.dot(a, b, total)
         x_tile += BK
         w_tile += BK
+    return total
+
+
+@triton.jit
+def product(x, w, y, M, N, K, sxm, swn, sym, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """y = x w^T."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = pipeline(x, sxm, rows, M, w, swn, columns, N, K, BK)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     tl.store(y + rows[:, None] * sym + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
 
@@ -36,7 +43,7 @@ def forward(
     control: ticket, CTAs that are done, epoch, then a flag for each row group, which is the epoch in which its z was
     written. TICKETS: tiles are drawn, not dealt.
     """
-    depth, ranks = tl.arange(0, BK), tl.arange(0, BR)
+    ranks = tl.arange(0, BR)
     epoch = tl.load(control + 2, volatile=True) + 1
     if TICKETS:
         t = tl.atomic_add(control, 1)
@@ -46,29 +53,14 @@ def forward(
         group = t // (COLUMN_TILES + 1)
         tile = t % (COLUMN_TILES + 1)
         rows = group * BM + tl.arange(0, BM)
-        x_tile = x + rows[:, None] * sxm + depth[None, :]
         if tile == 0:
-            shrunk = tl.zeros((BM, BR), tl.float32)
-            u_tile = u + ranks[None, :] * sun + depth[:, None]
-            for k in range(0, K, BK):
-                a = tl.load(x_tile, mask=(rows[:, None] < M) & (depth < K - k)[None, :], other=0.0)
-                b = tl.load(u_tile, mask=(depth < K - k)[:, None], other=0.0)
-                shrunk = tl.dot(a, b, shrunk)
-                x_tile += BK
-                u_tile += BK
+            shrunk = pipeline(x, sxm, rows, M, u, sun, ranks, BR, K, BK)
             tl.store(z + rows[:, None] * BR + ranks[None, :], shrunk.to(z.dtype.element_ty), mask=rows[:, None] < M)
             tl.debug_barrier()
             tl.atomic_xchg(control + 3 + group, epoch, sem="release")
         else:
             columns = (tile - 1) * BN + tl.arange(0, BN)
-            total = tl.zeros((BM, BN), tl.float32)
-            w_tile = w + columns[None, :] * swn + depth[:, None]
-            for k in range(0, K, BK):
-                a = tl.load(x_tile, mask=(rows[:, None] < M) & (depth < K - k)[None, :], other=0.0)
-                b = tl.load(w_tile, mask=(columns[None, :] < N) & (depth < K - k)[:, None], other=0.0)
-                total = tl.dot(a, b, total)
-                x_tile += BK
-                w_tile += BK
+            total = pipeline(x, sxm, rows, M, w, swn, columns, N, K, BK)
             b = tl.load(f + columns[None, :] * sfn + ranks[:, None], mask=columns[None, :] < N, other=0.0)
             while tl.atomic_or(control + 3 + group, 0, sem="acquire") != epoch:
                 pass

@@ -1,0 +1,87 @@
+"""What a model needs before a CUDA graph captures it: its kernels compiled.
+
+Layer: above ``nn``, beside ``model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from svdkern.backends import dispatch
+from svdkern.functional import svd_linear
+from svdkern.nn import SVDLinear
+
+
+def warmup(model: nn.Module, rows: Iterable[int], *, dtype: torch.dtype | None = None) -> int:
+    """Compile and load every Triton kernel that the model's ``SVDLinear`` layers will launch.
+
+    A kernel that has yet to be compiled cannot be captured in a CUDA graph. Each layer is run on zeros as it would be in the
+    model: forward and, unless under ``torch.no_grad()``, backward, for an x that wants a gradient and for one that does not
+    (as the first layer's). The mode (train or eval) and autocast are those of the moment. Nothing of the model is changed: no
+    hook runs, no gradient is kept, no random number is drawn. An x whose rows are not contiguous, or do not begin at
+    multiples of 16 bytes, has kernels of its own: run such a step once instead.
+
+    Example::
+
+        svdkern.warmup(model, rows=[batch * length])
+        with torch.cuda.graph(graph):
+            model(x)
+
+    Args:
+        model: a module; its layers are on their device already.
+        rows: rows of x that calls will have (batch x sequence length), each number of them.
+        dtype: of x; None: each layer's own weight's, which is right where activations have it.
+
+    Returns:
+        How many layers times numbers of rows were run: 0 on a CPU, and wherever another backend than "triton" serves them,
+        which has nothing to compile.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+        ValueError: a number of rows is not positive.
+    """
+    counts = sorted(set(rows))
+    if counts and counts[0] < 1:
+        raise ValueError(f"rows are {counts}, expected positive numbers")
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("warmup is called while a CUDA graph is being captured: call it before the capture")
+    count, devices = 0, set()
+    for layer in model.modules():
+        if not isinstance(layer, SVDLinear) or layer.merged:
+            continue
+        like = torch.empty(0, dtype=dtype or layer.residual.dtype, device=layer.residual.device)
+        if layer.residual.is_meta or dispatch.choose(like, None) is not dispatch.BACKENDS["triton"]:
+            continue
+        for m in counts:
+            _run(layer, like.new_zeros(m, layer.in_features))
+            count += 1
+        if layer.residual.is_cuda:
+            devices.add(layer.residual.device)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return count
+
+
+def _run(layer: SVDLinear, x: Tensor) -> None:
+    """One forward, and one backward for each x that there may be."""
+
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+
+    residual, u, sigma, v, bias, core = map(
+        leaf, (layer.residual, layer.u, layer.sigma, layer.v, layer.bias, layer.core)
+    )
+    assert u is not None and v is not None
+    rng_state = torch.zeros(2, dtype=torch.int64, device=x.device)
+    for wants_x in (True, False) if torch.is_grad_enabled() else (False,):
+        x = x.detach().requires_grad_(wants_x)
+        y = svd_linear(
+            x, residual, u, sigma, v, bias, scale=layer.scale, core=core,
+            dropout_p=layer.dropout_p if layer.training else 0.0, rng_state=rng_state,
+        )  # fmt: skip
+        leaves = [t for t in (x, residual, u, sigma, v, bias, core) if t is not None and t.requires_grad]
+        if y.requires_grad:
+            torch.autograd.grad(y, leaves, torch.zeros_like(y))
