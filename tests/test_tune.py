@@ -262,7 +262,18 @@ def test_without_the_extension_there_is_nothing_to_choose(
 
 def test_the_command_keeps_what_it_measures(tmp_path: Path) -> None:
     """In a process of its own, where no benchmark has been imported, which would keep nothing."""
-    command = [sys.executable, "-m", "svdkern", "tune", "--shapes", "4x64x64x4", "--dtypes", "float32", "--seconds", "0.01"]
+    command = [
+        sys.executable,
+        "-m",
+        "svdkern",
+        "tune",
+        "--shapes",
+        "4x64x64x4",
+        "--dtypes",
+        "float32",
+        "--seconds",
+        "0.01",
+    ]
     environment = os.environ | {"SVDKERN_CACHE_DIR": str(tmp_path / "kept")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
