@@ -11,18 +11,18 @@ constexpr int chains = 12;  // more independent sums than latency times throughp
 extern "C" {
 
 // A product is added to each of 12 sums in registers a turn: 2 * 12 * width flop, bf16 pairs twice that.
-#define SUMS_IN_REGISTERS(name, isa, Sums, zero, Factors, one, product)      \
-  __attribute__((target(isa))) float name(int64_t turns) {                   \
-    Sums sum[chains];                                                        \
-    Factors a = one, b = one;                                                \
-    for (auto& s : sum) s = zero;                                            \
-    for (int64_t i = 0; i < turns; ++i) {                                    \
-      _Pragma("GCC unroll 12") for (int j = 0; j < chains; ++j) product;     \
-      asm volatile("" : "+v"(a), "+v"(b)); /* the turns differ, it thinks */ \
-    }                                                                        \
-    float total = 0;                                                         \
-    for (auto& s : sum) total += reinterpret_cast<const float&>(s);          \
-    return total;                                                            \
+#define SUMS_IN_REGISTERS(name, isa, Sums, zero, Factors, one, product)         \
+  __attribute__((target(isa))) float name(int64_t turns) {                      \
+    Sums sum[chains];                                                           \
+    Factors a = one, b = one;                                                   \
+    for (auto& s : sum) s = zero;                                               \
+    for (int64_t i = 0; i < turns; ++i) {                                       \
+      _Pragma("GCC unroll 12") for (int j = 0; j < chains; ++j) product;        \
+      asm volatile("" : "+v"(a), "+v"(b)); /* keeps the products in the loop */ \
+    }                                                                           \
+    float total = 0;                                                            \
+    for (auto& s : sum) total += reinterpret_cast<const float&>(s);             \
+    return total;                                                               \
   }
 
 SUMS_IN_REGISTERS(fma_avx2, "avx2,fma", __m256, _mm256_setzero_ps(), __m256, _mm256_set1_ps(1.0f),

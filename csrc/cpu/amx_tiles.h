@@ -143,19 +143,19 @@ inline void amx_rank(const bf16* w, int64_t w_in, const bf16* a, int64_t lda, in
   for (int tile = 4; tile < 6; ++tile) shapes.set(tile, 16, 64);    // w
   const TileSession session(shapes);
   constexpr int64_t run = blocks_a_run * pair_columns;
-  alignas(64) bf16 blocks[blocks_a_run][2][16 * 32];
+  alignas(64) bf16 blocks[blocks_a_run * 2 * 16 * 32];  // of 32 columns: low, high
   for (int64_t k = 0; k < in; k += 32) {
     const int64_t ahead = k + 64 <= in ? 32 * w_in : 0;
     tile_load<2>(a + k, 2 * lda);
     for (int64_t from = 0; from < columns; from += run) {
       const int64_t wide = smaller(run, columns - from);
-      unpack_blocks(w + k * w_in + from, w_in, in - k, wide, ahead, blocks[0][0]);
+      unpack_blocks(w + k * w_in + from, w_in, in - k, wide, ahead, blocks);
       for (int64_t col = 0; col < wide; col += pair_columns) {
         float* to = sums + from + col;
         tile_load<0>(to, 4 * sums_ld);
         tile_load<1>(to + W, 4 * sums_ld);
-        tile_load<4>(blocks[col / pair_columns][0], 64);
-        tile_load<5>(blocks[col / pair_columns][1], 64);
+        tile_load<4>(blocks + col / pair_columns * 2 * 16 * 32, 64);
+        tile_load<5>(blocks + (col / pair_columns * 2 + 1) * 16 * 32, 64);
         tile_multiply<0, 2, 4>();
         tile_multiply<1, 2, 5>();
         tile_store<0>(to, 4 * sums_ld);

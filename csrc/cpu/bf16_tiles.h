@@ -99,7 +99,7 @@ inline void rank_update(float* c, int64_t ldc, int64_t rows, const uint32_t* a, 
     constexpr int I = height.value;
     for (int64_t col = 0; col < columns; col += pair_columns)
       rank_tile<I>(c + i * ldc + col, ldc, a + i, lda, b + col, ldb, depth,
-                   smaller<int64_t>(pair_columns, columns - col), i == 0 ? prefetch : 0);
+                   smaller<int64_t>(pair_columns, columns - col), prefetch);
     i += I;
   };
   while (i + 8 <= rows) strip(Width<8>{});

@@ -1,8 +1,7 @@
 // y (M, out) = a (M, in) w (in, out) + D*(z F^T) + bias, one rounding; w streamed once for all rows of a block.
 //
 //   in-contiguous w  (weight.t() of an nn.Linear: the forward)   dots: a few w columns at a time, read whole
-//   out-contiguous w (its weight: the gradient of x)             rank: row groups over column strips that stay in L1 or
-//   L2
+//   out-contiguous w (its weight: the gradient of x)             rank: row groups over strips of columns in L1 or L2
 //
 // From 5 rows on tiles (AMX) or the rows as lanes (row_lanes.h) take over.
 //
@@ -23,12 +22,12 @@ namespace {
 constexpr int64_t unit = 64;            // outputs in one piece of work, and columns of one factor panel
 constexpr int64_t dots_depth = 64;      // elements of each of 6 or 8 w columns at a time,
 constexpr int64_t dots_ahead = 256;     // while those so much further on are fetched
-constexpr int64_t rank_columns = 1024;  // outputs whose sums are in cache: w is read in runs of at least 2 KB
+constexpr int64_t rank_columns = 1024;  // outputs whose sums are in cache, of up to block_rows rows (tiles, no base)
 constexpr int64_t rank_depth = 8;       // rows of w in one pass over those sums
 constexpr int few = 4;                  // rows of `a` up to which memory is the limit
 constexpr int64_t few_rank_columns = 4 * rank_columns;  // of few rows: memory is read in runs as long as can be
-constexpr int64_t dots_piece = 3 * unit;                // outputs at a time of rows as lanes: whole tiles of any height
-constexpr int64_t rank_floats = 32 << 10;               // their sums in L2: w is read in runs as long as can be
+constexpr int64_t dots_piece = 3 * unit;   // outputs at a time of rows as lanes: whole tiles but for the last piece
+constexpr int64_t rank_floats = 32 << 10;  // about so many sums: they stay in L2, and w is read in long runs
 constexpr int64_t sums_size = block_rows * (rank_columns + 16);
 static_assert(unit == mask_columns && dots_piece % dots_outputs == 0 && few * (few_rank_columns + 16) <= sums_size);
 
@@ -121,8 +120,7 @@ inline void base_by_dots(const Linear<T>& job, [[maybe_unused]] int64_t m0, int 
 }
 
 template <class T>
-inline void base_by_rank(const Linear<T>& job, [[maybe_unused]] int64_t m0, int rows, int64_t o0, int64_t n,
-                         float* sums, int64_t ld) {
+inline void base_by_rank(const Linear<T>& job, int64_t m0, int rows, int64_t o0, int64_t n, float* sums, int64_t ld) {
 #if defined(__AMX_BF16__)
   if constexpr (Operand<T>::bf16_products)
     if (job.tiles()) {
@@ -197,8 +195,10 @@ inline void write_out(const Linear<T>& job, int64_t m0, int rows, int64_t o0, in
 // Outputs o0 ... o1 of all rows, which are the lanes.
 template <class T>
 inline void lanes_range(const Linear<T>& job, int64_t o0, int64_t o1) {
-  const int64_t lanes = job.lanes(), most = job.dots() ? dots_piece : rank_floats / lanes;
-  const int64_t pieces = (o1 - o0 + most - 1) / most, step = round_up((o1 - o0 + pieces - 1) / pieces, unit);
+  if (o0 == o1) return;
+  constexpr int64_t ld = unit + 16;
+  const int64_t lanes = job.lanes(), most = rank_floats / lanes, pieces = (o1 - o0 + most - 1) / most;
+  const int64_t step = job.dots() ? dots_piece : round_up((o1 - o0 + pieces - 1) / pieces, unit);  // equal runs of w
   Scratch scratch;
   float* c = scratch.take<float>((step + lane_sums + W) * lanes);
   for (int64_t o = o0; o < o1; o += step) {
@@ -215,17 +215,17 @@ inline void lanes_range(const Linear<T>& job, int64_t o0, int64_t o1) {
     for (int64_t i = 0; i < n; i += unit) {
       const int64_t wide = smaller(unit, n - i);
       for (int64_t m0 = 0; m0 < job.rows; m0 += block_rows) {
-        alignas(64) float sums[block_rows * (unit + 16)];
+        alignas(64) float sums[block_rows * ld];
         const int rows = static_cast<int>(smaller<int64_t>(block_rows, job.rows - m0));
         for (int64_t l = 0; l < wide; l += W)
           for (int m = 0; m < rows; m += W) {
             F v[W];
             for (int q = 0; q < W; ++q) v[q] = load(c + (i + l + q) * lanes + m0 + m);
             transpose(v);
-            for (int q = 0; q < W; ++q) store(sums + (m + q) * (unit + 16) + l, v[q]);
+            for (int q = 0; q < W; ++q) store(sums + (m + q) * ld + l, v[q]);
           }
-        add_adapter(job, m0, rows, o + i, wide, sums, unit + 16);
-        write_out(job, m0, rows, o + i, wide, sums, unit + 16);
+        add_adapter(job, m0, rows, o + i, wide, sums, ld);
+        write_out(job, m0, rows, o + i, wide, sums, ld);
       }
     }
   }

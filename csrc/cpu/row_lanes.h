@@ -8,10 +8,8 @@
 // bf16 too: vdpbf16ps does not keep up with two FMAs a cycle where it has been measured.
 //
 // A piece's sums start from zero and are added to c: short chains of additions, whose order does not depend on the
-// split. What follows is fetched into L2 in time: rows of w a power of two apart share the sets of L1.
+// split. What follows is fetched in time, into L2 only: in L1, rows of w a power of two apart would share a few sets.
 #pragma once
-
-#include <utility>
 
 #include "tiles.h"
 
@@ -73,16 +71,19 @@ inline void lane_tile(float* c, int64_t lanes, const float* a, const float* w, i
     }
 }
 
-// The same for all lanes, two vectors at a time.
+// The same for all lanes, two vectors at a time; one that is left over has half the sums that hide the latency.
 template <int J, int64_t KStride, int64_t OStride, class Meanwhile>
 inline void lane_tiles(float* c, int64_t lanes, const float* a, const float* w, int64_t depth,
                        const Meanwhile& meanwhile) {
   const auto nothing = [] {};
-  if constexpr (J == lane_sums) return lane_tile<1, J, KStride, OStride>(c, lanes, a, w, depth, meanwhile);
-  lane_tile<2, J, KStride, OStride>(c, lanes, a, w, depth, meanwhile);
-  int64_t m = 2 * W;
-  for (; m + 2 * W <= lanes; m += 2 * W) lane_tile<2, J, KStride, OStride>(c + m, lanes, a + m, w, depth, nothing);
-  if (m < lanes) lane_tile<1, J, KStride, OStride>(c + m, lanes, a + m, w, depth, nothing);
+  if constexpr (J == lane_sums) {
+    lane_tile<1, J, KStride, OStride>(c, lanes, a, w, depth, meanwhile);
+  } else {
+    lane_tile<2, J, KStride, OStride>(c, lanes, a, w, depth, meanwhile);
+    int64_t m = 2 * W;
+    for (; m + 2 * W <= lanes; m += 2 * W) lane_tile<2, J, KStride, OStride>(c + m, lanes, a + m, w, depth, nothing);
+    if (m < lanes) lane_tile<1, J, KStride, OStride>(c + m, lanes, a + m, w, depth, nothing);
+  }
 }
 
 // c (n rounded up to J, lanes) += ... for w contiguous along k, outputs w_out apart.
@@ -104,6 +105,7 @@ template <int J, class T>
         widen(w + smaller(o + j, n - 1) * w_out + k + from, to - from, piece + j * dots_spacing + from);
     }
   };
+  // the part of `a` stays in L1
   const int64_t most = lanes <= 16 ? dots_deep : dots_deep / 2;
   float *piece = pieces, *next = pieces + J * dots_spacing;
   take(0, 0, 0, smaller(most, in), piece);
@@ -122,7 +124,8 @@ template <int J, class T>
         taken = end;
       });
       take(next_o, next_k, taken, next_deep, next);
-      std::swap(piece, next);
+      float* const done = piece;
+      piece = next, next = done;
     }
 }
 
@@ -131,15 +134,16 @@ template <int J, class T>
 [[gnu::noinline]] inline void lanes_by_rank(const T* w, int64_t w_in, int64_t in, int64_t n, const float* a,
                                             int64_t lanes, float* c) {
   constexpr int64_t tiles = rank_wide / J, rows_a_tile = (rank_deep + tiles - 1) / tiles;
+  const int64_t ahead = smaller(rank_ahead, n);
   alignas(64) float piece[rank_deep * rank_wide] = {};
   for (int64_t k = 0; k < in; k += rank_deep) {
     const int64_t deep = smaller(rank_deep, in - k);
     for (int64_t o = 0; o < n; o += rank_wide) {
       const int64_t wide = smaller(rank_wide, n - o);
       for (int64_t i = 0; i < deep; ++i) widen(w + (k + i) * w_in + o, wide, piece + i * rank_wide);
-      const T* later = w + (o + rank_ahead < n ? k * w_in + o : (k + rank_deep) * w_in + o - n) + rank_ahead;
+      const T* later = w + (o + ahead < n ? k * w_in + o : (k + rank_deep) * w_in + o - n) + ahead;
       for (int64_t j = 0, row = 0; j < wide; j += J) {
-        for (const int64_t end = smaller(row + rows_a_tile, rank_deep); row < end; ++row)
+        for (const int64_t end = j + J < wide ? smaller(row + rows_a_tile, rank_deep) : rank_deep; row < end; ++row)
           fetch(later + row * w_in, rank_wide);
         lane_tiles<J, rank_wide, 1>(c + (o + j) * lanes, lanes, a + k * lanes, piece + j, deep, [] {});
       }

@@ -48,7 +48,8 @@ inline void dot_tiles(F* lanes, const float* a, int64_t lda, int rows, const T* 
   if constexpr (!many_registers && J == 2)
     for (; i + 6 <= rows; i += 6) dot_tile<T, 6, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
   for (; i + 4 <= rows; i += 4) dot_tile<T, 4, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
-  if (i + 3 == rows) return dot_tile<T, 3, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
+  if constexpr (many_registers || J <= 3)
+    if (i + 3 == rows) return dot_tile<T, 3, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
   if (i + 2 <= rows) {
     dot_tile<T, 2, J>(lanes + i * max_j, a + i * lda, lda, b, column, n);
     i += 2;
@@ -121,28 +122,25 @@ inline void rank_strip(float* c, int64_t ldc, const float* a, int64_t lda, const
 }
 
 // C (rows, columns) += A^T B; a is (depth, rows), rows of c are writable up to a multiple of W. prefetch: how many
-// elements ahead the B of the next call lies (0: it is in cache).
+// elements ahead the B of the next call lies (0: it is in cache; else one strip holds all the rows).
 template <class T>
 inline void rank_update(float* c, int64_t ldc, int64_t rows, const float* a, int64_t lda, const T* b, int64_t ldb,
                         int64_t depth, int64_t columns, int64_t prefetch = 0) {
   int64_t i = 0;
   if constexpr (many_registers)
     for (; i + 8 <= rows; i += 8) {
-      rank_strip<T, 8, 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, i == 0 ? prefetch : 0);
+      rank_strip<T, 8, 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, prefetch);
     }
   else
-    for (; i + 6 <= rows; i += 6)
-      rank_strip<T, 6, 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, i == 0 ? prefetch : 0);
+    for (; i + 6 <= rows; i += 6) rank_strip<T, 6, 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, prefetch);
   for (; i + 4 <= rows; i += 4)
-    rank_strip<T, 4, many_registers ? 4 : 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns,
-                                             i == 0 ? prefetch : 0);
-  if (i + 3 == rows)
-    return rank_strip<T, 3, 3>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, i == 0 ? prefetch : 0);
+    rank_strip<T, 4, many_registers ? 4 : 2>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, prefetch);
+  if (i + 3 == rows) return rank_strip<T, 3, 3>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, prefetch);
   if (i + 2 <= rows) {
-    rank_strip<T, 2, 4>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, i == 0 ? prefetch : 0);
+    rank_strip<T, 2, 4>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, prefetch);
     i += 2;
   }
-  if (i < rows) rank_strip<T, 1, 8>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, i == 0 ? prefetch : 0);
+  if (i < rows) rank_strip<T, 1, 8>(c + i * ldc, ldc, a + i, lda, b, ldb, depth, columns, prefetch);
 }
 
 }  // namespace

@@ -63,3 +63,30 @@ def test_every_width_and_depth(kernels: ModuleType, isa: str, dtype: str, rows: 
         k = DEPTHS[i % len(DEPTHS)]
         check(kernels, isa, dtype, rows, k, n, (0, 1, 5, 16, 17)[i % 5], ("rows", "columns")[i % 2])
         check(kernels, isa, dtype, rows, n, k, (1, 8, 0, 3, 33)[i % 5], ("columns", "rows")[i % 2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [3, 5, 16, 33, 70])
+def test_what_is_not_finite_stays_where_it_belongs(kernels: ModuleType, isa: str, dtype: str, rows: int) -> None:
+    """A NaN in a row of x spoils that row of y alone, an infinity in a row of W its column of y; the other way round for dx."""
+    k, n = 67, 45
+    rng = np.random.default_rng(rows)
+    x, dy, w = (whole(rng, shape, dtype) for shape in ((rows, k), (rows, n), (n, k)))
+    for tensor in (x, dy):
+        tensor[...] = whole(rng, tensor.shape, dtype)
+        tensor[tensor == 0] = to_storage(np.ones(()), dtype)  # 0 times infinity would be a NaN of its own
+    x[rows // 2, k - 1] = to_storage(np.full((), np.nan), dtype)
+    dy[rows - 1, 0] = to_storage(np.full((), np.nan), dtype)
+    w[n - 1, k - 1] = to_storage(np.full((), np.inf), dtype)
+    u, v = np.empty((k, 0), np.float32), np.empty((n, 0), np.float32)
+    for layout in ("rows", "columns"):
+        y, h = unwritten((rows, n), x), np.empty((rows, 0), np.float32)
+        kernels.forward(isa, x, strided(w, layout), u, None, v, None, 1.0, None, None, NONE, y, h)
+        dx = unwritten((rows, k), x)
+        kernels.backward(isa, dy, x, strided(w, layout), u, None, v, 1.0, None, None, h, NONE,
+                         dx, None, None, None, None, None, None, None)  # fmt: skip
+        for found, row, column in ((y, rows // 2, n - 1), (dx, rows - 1, k - 1)):
+            bad = ~np.isfinite(to_double(found))
+            wanted = np.zeros_like(bad)
+            wanted[row], wanted[:, column] = True, True
+            assert np.array_equal(bad, wanted), layout
