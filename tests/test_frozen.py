@@ -144,15 +144,15 @@ def test_the_choice_is_by_size_and_dtype(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("svdkern.frozen.svd_linear", spy)
     monkeypatch.setattr("svdkern.backends.cpu.kernels_win", lambda dtype: dtype == torch.bfloat16)
-    monkeypatch.setattr("svdkern.backends.cpu.FROZEN_WEIGHT", 1 << 20)  # 64 MB of weight say no more
+    monkeypatch.setattr("svdkern.backends.cpu.FROZEN_WEIGHT", 1 << 20)  # 16 MB of weight say no more
     wide, small = torch.randn(1024, 1024), torch.randn(16, 16)
-    for rows in (1, 2, 16, 17):
+    for rows in (1, 2, 32, 33):
         svdkern.linear(torch.randn(rows, 1024), wide)
-    assert calls == [2, 16]
+    assert calls == [2, 32]
     svdkern.linear(torch.randn(8, 16), small)
-    assert calls == [2, 16]
+    assert calls == [2, 32]
     svdkern.linear(torch.randn(50, 16).bfloat16(), small.bfloat16())
-    assert calls == [2, 16, 50]
+    assert calls == [2, 32, 50]
 
 
 @needs_kernels
