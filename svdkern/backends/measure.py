@@ -26,7 +26,7 @@ tried further: ATen's bf16 product without bf16 instructions takes up to 300 tim
 COLD_BYTES = 256 << 20
 """As many bytes of weights take turns, so that they come from memory, as those of a model do."""
 
-_WANT = Gradients(x=True, weight=False, u=True, sigma=True, v=True, bias=False, scale=False, core=False, gate=False)
+WANT = Gradients(x=True, weight=False, u=True, sigma=True, v=True, bias=False, scale=False, core=False, gate=False)
 
 Clock = Callable[[Callable[[int], object], int, int], float]
 
@@ -41,6 +41,8 @@ class Operands(NamedTuple):
     v: Tensor
     scale: Tensor
     dy: Tensor
+    h: Tensor | None = None
+    """What a forward has saved, where the backward is measured alone."""
 
 
 def seconds_of_paths(
@@ -78,7 +80,7 @@ def step(backend: Backend, o: Operands, number: int) -> Gradients:
     """One forward and backward."""
     weight = o.weights[number % len(o.weights)]
     _, h = backend.forward(o.x, weight, o.u, o.sigma, o.v, None, o.scale, None, None, None, None, 0)
-    return backend.backward(o.dy, o.x, weight, o.u, o.sigma, o.v, o.scale, None, None, None, h, None, 0, _WANT)
+    return backend.backward(o.dy, o.x, weight, o.u, o.sigma, o.v, o.scale, None, None, None, h, None, 0, WANT)
 
 
 def _least_seconds(shape: Shape, dtype: torch.dtype) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -89,10 +90,7 @@ class Row:
         Raises:
             ValueError: it is none; the message says why.
         """
-        if not isinstance(found, dict):
-            raise ValueError(f"a row is an object, not {type(found).__name__}")
-        if missing := [name for name in _FIELDS if name not in found]:
-            raise ValueError(f"a row lacks {', '.join(missing)}")
+        check_fields(found, _FIELDS)
         sizes = [found[name] for name in Shape._fields]
         if not all(type(size) is int and 0 < size < 1 << 48 for size in (*sizes, found["threads"])):
             raise ValueError(f"M, K, N, r and threads are {sizes} and {found['threads']!r}, expected positive integers")
@@ -158,17 +156,56 @@ def read_table(path: Path) -> Table:
         OSError: it cannot be read.
         ValueError: it is no table, or of another version.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or found.get("version") != VERSION or not isinstance(found.get("rows"), list):
-        raise ValueError(f"expected a table of version {VERSION}")
-    return Table(map(Row.from_json, found["rows"]))
+    return Table(map(Row.from_json, rows_in(path.read_text(encoding="utf-8"), VERSION)))
 
 
 def write_table(path: Path, table: Table) -> None:
     """Write a table, a row a line; the file appears whole or not at all."""
-    rows = ",\n".join(json.dumps(row.to_json()) for row in table)
-    write_whole(path, f'{{"version": {VERSION}, "rows": [\n{rows}\n]}}\n' if rows else '{"version": 1, "rows": []}\n')
+    write_whole(path, text_of((row.to_json() for row in table), VERSION))
     path.chmod(0o644)  # an aside file is its owner's alone; a table is shipped
+
+
+def check_fields(found: Any, fields: Iterable[str]) -> None:
+    """Raise a ValueError that says why, if ``found`` is no row with these fields."""
+    if not isinstance(found, dict):
+        raise ValueError(f"a row is an object, not {type(found).__name__}")
+    if missing := [name for name in fields if name not in found]:
+        raise ValueError(f"a row lacks {', '.join(missing)}")
+
+
+def rows_in(text: str, version: int) -> list[Any]:
+    """The rows in the text of a table.
+
+    Raises:
+        ValueError: it is no table, or of another version.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.get("version") != version or not isinstance(found.get("rows"), list):
+        raise ValueError(f"expected a table of version {version}")
+    return list(found["rows"])
+
+
+def text_of(rows: Iterable[Any], version: int) -> str:
+    """The text of a table, a row a line."""
+    lines = ",\n".join(map(json.dumps, rows))
+    return f'{{"version": {version}, "rows": [{f"{chr(10)}{lines}{chr(10)}" if lines else ""}]}}\n'
+
+
+def text_in(path: Path, longest: int, *, ours: bool) -> str:
+    """What a file holds, at most so many characters; ``ours``: a plain file of this user, or none. A pipe is not waited for.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not ours, or longer.
+    """
+    with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if ours and (not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid()):
+            raise ValueError("not a file of this user")
+        text = file.read(longest + 1)
+    if len(text) > longest:
+        raise ValueError(f"longer than {longest} characters")
+    return text
 
 
 def write_whole(path: Path, text: str) -> None:

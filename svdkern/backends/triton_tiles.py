@@ -18,11 +18,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import json
 import logging
 import math
-import os
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from svdkern.backends.choices import distributed
-from svdkern.backends.table import DTYPES, Shape, distance, write_whole
+from svdkern.backends.table import DTYPES, Shape, check_fields, distance, rows_in, text_in, text_of, write_whole
 from svdkern.backends.tuned import base_folder
 from svdkern.triton_kernels import configs
 from svdkern.triton_kernels.configs import FAMILIES, Config
@@ -72,10 +69,7 @@ class Row:
         Raises:
             ValueError: it is none; the message says why.
         """
-        if not isinstance(found, dict):
-            raise ValueError(f"a row is an object, not {type(found).__name__}")
-        if missing := [name for name in _FIELDS if name not in found]:
-            raise ValueError(f"a row lacks {', '.join(missing)}")
+        check_fields(found, _FIELDS)
         sizes = [found[name] for name in ("M", "K", "N", "R")]
         if not all(type(size) is int and 0 < size < 1 << 48 for size in (*sizes, found["arch"])):
             raise ValueError(f"arch, M, K, N and R are {found['arch']!r} and {sizes}, expected positive integers")
@@ -128,17 +122,8 @@ def read_rows(path: Path, *, ours: bool = False) -> list[Row]:
         OSError: it cannot be read.
         ValueError: it is no table, or of another version.
     """
-    with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if ours and (not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid()):
-            raise ValueError("not a file of this user")
-        text = file.read(_LONGEST + 1)
-    if len(text) > _LONGEST:
-        raise ValueError(f"longer than {_LONGEST} characters")
-    found = json.loads(text)
-    if not isinstance(found, dict) or found.get("version") != VERSION or not isinstance(found.get("rows"), list):
-        raise ValueError(f"expected a table of version {VERSION}")
-    return [Row.from_json(row) for row in found["rows"]]
+    text = text_in(path, _LONGEST, ours=ours)
+    return [Row.from_json(row) for row in rows_in(text, VERSION)]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -148,8 +133,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         OSError: it could not be written.
     """
     last = {(row.arch, DTYPES.index(row.dtype), FAMILIES.index(row.family), row.shape): row for row in rows}
-    lines = ",\n".join(json.dumps(last[key].to_json()) for key in sorted(last))
-    write_whole(path, f'{{"version": {VERSION}, "rows": [\n{lines}\n]}}\n' if lines else '{"version": 1, "rows": []}\n')
+    write_whole(path, text_of((last[key].to_json() for key in sorted(last)), VERSION))
 
 
 def user_file(gpu: str) -> Path | None:

@@ -20,35 +20,17 @@ from torch import Tensor
 from svdkern import timing
 from svdkern.backends import triton_tiles
 from svdkern.backends.eager import EagerBackend
-from svdkern.backends.formula import Backend, Gradients
+from svdkern.backends.formula import Backend
+from svdkern.backends.measure import COLD_BYTES, WANT, Clock, Operands
 from svdkern.backends.table import MARGIN, Shape
 from svdkern.backends.triton import TritonBackend
 from svdkern.backends.triton_tiles import Row
 from svdkern.triton_kernels import configs
 from svdkern.triton_kernels.configs import Config
 
-COLD_BYTES = 256 << 20
-"""As many bytes of weights take turns: more than the L2 of any part."""
-
-_WANT = Gradients(x=True, weight=False, u=True, sigma=True, v=True, bias=False, scale=False, core=False, gate=False)
-
 Results = Mapping[str, Tensor]
 Call = Callable[[int], Results]
 Runner = Callable[[Config], Call]
-Clock = Callable[[Callable[[int], object], int, int], float]
-
-
-class Operands(NamedTuple):
-    """Of one layer; several weights that take turns."""
-
-    x: Tensor
-    weights: tuple[Tensor, ...]
-    u: Tensor
-    sigma: Tensor
-    v: Tensor
-    scale: Tensor
-    dy: Tensor
-    h: Tensor
 
 
 class Found(NamedTuple):
@@ -191,7 +173,7 @@ def results(family: str, backend: Backend, o: Operands, number: int = 0) -> dict
     if family != "backward":
         y, h = backend.forward(o.x, weight, o.u, o.sigma, o.v, None, o.scale, None, None, None, None, 0)
         return {"y": y, "h": h}
-    found = backend.backward(o.dy, o.x, weight, o.u, o.sigma, o.v, o.scale, None, None, None, o.h, None, 0, _WANT)
+    found = backend.backward(o.dy, o.x, weight, o.u, o.sigma, o.v, o.scale, None, None, None, o.h, None, 0, WANT)
     return {name: tensor for name, tensor in found._asdict().items() if tensor is not None}
 
 

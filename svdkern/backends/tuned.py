@@ -19,13 +19,12 @@ import json
 import logging
 import os
 import platform
-import stat
 from pathlib import Path
 
 import torch
 
 from svdkern.backends import cpu
-from svdkern.backends.table import VERSION, Row, write_whole
+from svdkern.backends.table import VERSION, Row, text_in, write_whole
 
 log = logging.getLogger("svdkern")
 
@@ -78,16 +77,7 @@ def read(path: Path) -> Row:
         OSError: it cannot be read.
         ValueError: it is not one that ``save`` wrote for this user and place.
     """
-    with open(
-        path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-    ) as file:  # a pipe
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise ValueError("not a file of this user")
-        text = file.read(_LONGEST + 1)
-    if len(text) > _LONGEST:
-        raise ValueError(f"longer than {_LONGEST} characters")
-    found = json.loads(text)
+    found = json.loads(text_in(path, _LONGEST, ours=True))
     if not isinstance(found, dict) or found.pop("version", None) != VERSION:
         raise ValueError(f"not of version {VERSION}")
     row = Row.from_json(found)
