@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdkern.backends import choices, dispatch, extension, tuned
+from svdkern.backends import choices, dispatch, extension, triton_tiles, tuned
 from svdkern.backends.table import Table, write_table
 
 
@@ -103,3 +103,13 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and extension.why_missing is not None:
         pytest.skip(f"needs the compiled extension: {extension.why_missing}")
     return str(request.param)
+
+
+@pytest.fixture
+def tile_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The test's own tables of tiles, both empty."""
+    monkeypatch.setenv("SVDKERN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(triton_tiles, "SHIPPED", tmp_path / "shipped.json")
+    triton_tiles.forget()
+    yield tmp_path
+    triton_tiles.forget()
