@@ -63,7 +63,8 @@ def _versions() -> list[str]:
     lines = ["versions"]
     for name in _PACKAGES:
         try:
-            found = importlib.metadata.version(name)
+            # of torch the build too ("2.13.0+cu130"), which a wheel's own metadata need not have
+            found = torch.__version__ if name == "torch" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found = "not installed"
         lines.append(f"  {name:<14}{found}")

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from svdkern import cli
+from svdkern import cli, doctor
 from svdkern.backends import extension
 
 
@@ -23,6 +23,12 @@ def test_doctor_tests_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     if extension.why_missing is None:
         assert f"in use: {torch.ops.svdkern._cpu_isa()}" in said
         assert "cpu     float16   M=3   ok" in said
+
+
+def test_doctor_names_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel's metadata may leave it out: those of PyPI say 2.13.0 of a 2.13.0+cu130."""
+    monkeypatch.setattr(torch, "__version__", "2.99.0+some")
+    assert f"  {'torch':<14}2.99.0+some" in doctor._versions()
 
 
 def test_a_shape_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
