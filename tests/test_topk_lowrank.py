@@ -18,6 +18,7 @@ def test_svd_lowrank_is_torchs_with_a_smaller_error() -> None:
     theirs = torch.svd_lowrank(a, 6, 4)
     assert [t.shape for t in found] == [t.shape for t in theirs]
     assert (found[1] - exact).abs().max() < 0.4 * (theirs[1] - exact).abs().max()
+    assert (svd_lowrank(a, 6, 0)[1] - exact).abs().max() > 2 * (found[1] - exact).abs().max()  # niter is a limit
     u, s, v = found
     assert torch.allclose((a @ v - u * s).norm(dim=0), torch.zeros(6), atol=1e-3)
 

@@ -111,6 +111,7 @@ def leading(
     q = _first_block(operator, min(block, operator.columns), random, start)
     schedule, steps, restarts = _Schedule(), 0, 0
     suspected: Tensor | None = None  # the values at which more of a multiple one were looked for
+    patience = 0
     while True:
         image, rest = operator.both(q)
         lengths = torch.stack([torch.linalg.vector_norm(t, dim=0).max() for t in (image, rest)]).tolist()
@@ -141,7 +142,11 @@ def leading(
                     )  # fmt: skip
                 schedule.due = steps + 1
                 if converged:
-                    suspected, wider = found[1], block
+                    # New directions show a value that was missed after as many steps as the first ones took; until then
+                    # they may look like smaller ones.
+                    patience = patience or steps
+                    suspected, wider, schedule.due = found[1], block, steps + patience
+                    following = following[:, :block]
             else:
                 schedule.note(steps, excess)
         wanted = min(following.shape[1] + wider, operator.columns - space.width)
