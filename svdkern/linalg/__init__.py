@@ -5,8 +5,20 @@ Layer: above the backends, below ``methods``. Everything here runs outside autog
 """
 
 from svdkern.linalg.factors import factors
+from svdkern.linalg.lowrank import randomized_svd, svd_lowrank
 from svdkern.linalg.merged import merged_weight
 from svdkern.linalg.orthogonality import orth_penalty
 from svdkern.linalg.residual import exact_residual
+from svdkern.linalg.topk import SVDInfo, TopkSVD, topk_svd
 
-__all__ = ["exact_residual", "factors", "merged_weight", "orth_penalty"]
+__all__ = [
+    "SVDInfo",
+    "TopkSVD",
+    "exact_residual",
+    "factors",
+    "merged_weight",
+    "orth_penalty",
+    "randomized_svd",
+    "svd_lowrank",
+    "topk_svd",
+]

@@ -1,26 +1,18 @@
 """The leading singular triplets of a weight, in this package's convention.
 
-Exact, not randomized. Half and float32 weights go through the float64 Gram matrix of their short side: its eigenvalues
-carry an error of about ``1e-16 sigma_1^2``, so a singular value carries at most ``1e-8 sigma_1``, which is below what a
-float32 SVD gives (``6e-8 sigma_1``), in less time, and ``eigh`` converges on the degenerate matrices where LAPACK's SVD
-does not. The other side comes from a QR in float64, which is orthonormal even where singular values are zero.
+Exact, not randomized (``exact.py``): a singular value of a half or float32 weight is within ``1e-8 sigma_1``, which
+``topk_svd`` in float32 does not promise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from svdkern.autocast import without_autocast
-
-_PANEL_ELEMENTS = 1 << 21  # float64 elements upcast at a time: 16 MB
-# Up to this size LAPACK's eigh is as fast on one thread as on two (25 ms at 576), and on a machine that is otherwise
-# busy its many short parallel sections wait for each other (2 to 6 s instead, measured).
-_ONE_THREAD = 1024
+from svdkern.linalg.exact import largest_triplets, with_signs
 
 
 @torch.no_grad()
@@ -59,62 +51,7 @@ def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     # A power of two brings the largest entry near 1, so that neither squares overflow nor small matrices vanish.
     power = max(-1000, min(1000, math.frexp(largest)[1])) if largest else 0
     with without_autocast(weight.device):
-        u, sigma, v = _triplets(weight, r, math.ldexp(1.0, -power))
-    u, v = _with_signs(u, v)
+        v, sigma, u, _ = largest_triplets(weight, r, math.ldexp(1.0, -power))
+    u, v = with_signs(u, v)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return u.to(dtype).contiguous(), (sigma * math.ldexp(1.0, power)).to(dtype), v.to(dtype).contiguous()
-
-
-def _triplets(weight: Tensor, r: int, factor: float) -> tuple[Tensor, Tensor, Tensor]:
-    if weight.dtype == torch.float64:
-        try:
-            p, s, qh = torch.linalg.svd(weight * factor, full_matrices=False)
-            return qh[:r].t(), s[:r], p[:, :r]
-        except torch.linalg.LinAlgError:
-            pass  # degenerate; the Gram matrix costs half the digits of small singular values, but it converges
-    tall = weight.shape[0] >= weight.shape[1]
-    panels = list(_panel_slices(weight, tall))
-    short = min(weight.shape)
-    gram = torch.zeros(short, short, dtype=torch.float64, device=weight.device)
-    for panel in _upcast(weight, panels, tall, factor):  # (rows, short)
-        gram.addmm_(panel.t(), panel)
-    with _few_threads(short, weight.device):
-        basis = torch.linalg.eigh(gram)[1][:, -r:].flip(1)  # (short, r), largest first
-    image = torch.cat([panel @ basis for panel in _upcast(weight, panels, tall, factor)])  # (long, r)
-    with _few_threads(short, weight.device):
-        q, triangle = torch.linalg.qr(image)
-        left, sigma, right = torch.linalg.svd(triangle)
-    long_side, short_side = q @ left, basis @ right.t()
-    return (short_side, sigma, long_side) if tall else (long_side, sigma, short_side)
-
-
-@contextmanager
-def _few_threads(short: int, device: torch.device) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or short > _ONE_THREAD or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _panel_slices(weight: Tensor, tall: bool) -> Iterator[slice]:
-    length, short = max(weight.shape), min(weight.shape)
-    step = max(1, _PANEL_ELEMENTS // short)
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
-
-
-def _upcast(weight: Tensor, panels: list[slice], tall: bool, factor: float) -> Iterator[Tensor]:
-    for panel in panels:
-        part = weight[panel] if tall else weight[:, panel].t()
-        yield part.to(torch.float64) * factor
-
-
-def _with_signs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    top = u.gather(0, u.abs().argmax(0, keepdim=True))
-    signs = torch.where(top < 0, -1.0, 1.0).to(u.dtype)
-    return u * signs, v * signs

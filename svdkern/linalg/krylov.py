@@ -1,0 +1,215 @@
+"""The leading singular triplets of an operator by a block Krylov method: one-sided block Golub-Kahan, restarted thick.
+
+    V_1 = orth(C^T C Omega)         Omega +-1
+    V_{j+1} R_j = orth(C^T C V_j, less all of V_1 ... V_j)
+    C V = Q (left sigma right^T)    the triplets are (Q left, sigma, V right)
+
+The Ritz residual of ``C^T C`` comes with R_j for nothing and says when to look; the residual ``|C^T u_i - sigma_i v_i|``,
+computed by one more product, says whether to stop. When the basis is full its leading Ritz vectors and the last block go on.
+
+References: Golub, Luk, Overton, "A block Lanczos method for computing the singular values and corresponding singular
+vectors of a matrix", TOMS 1981; Musco & Musco, "Randomized block Krylov methods", NeurIPS 2015; Tropp & Webber, "Randomized
+algorithms for low-rank matrix approximation", 2023; Wu & Simon, "Thick-restart Lanczos method", SIMAX 2000.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from svdkern.linalg.operand import Operator
+from svdkern.linalg.orthogonal import new_directions, project_out
+from svdkern.linalg.sketch import sketch
+from svdkern.linalg.space import Space
+
+_EQUAL = 1e-4  # relative spread of a run of values that may stand for one value of higher multiplicity than was seen
+
+
+@dataclass(frozen=True)
+class Leading:
+    """``C ~ left diag(sigma) right^T`` in float64, and how it was found."""
+
+    left: Tensor
+    sigma: Tensor
+    right: Tensor
+    residuals: Tensor
+    next_value: float
+    converged: bool
+    steps: int
+    restarts: int
+    passes: int
+    fallbacks: tuple[str, ...]
+
+
+@dataclass
+class _Schedule:
+    """When to compute triplets: the estimates fall geometrically, and looking costs a product and two small problems."""
+
+    due: int = 2
+    last: tuple[int, float] | None = None
+
+    def note(self, step: int, excess: float) -> None:
+        """``excess``: the largest estimated residual over what is allowed, more than 1."""
+        ahead = 1
+        if self.last is not None and 0 < excess < self.last[1] and math.isfinite(self.last[1]):
+            rate = math.log(self.last[1] / excess) / (step - self.last[0])
+            ahead = min(3, max(1, int(math.log(excess) / rate)))
+        self.last = (step, excess)
+        self.due = step + ahead
+
+
+@dataclass
+class _Random:
+    """The columns of the endless sketch, in turn."""
+
+    operator: Operator
+    seed: int
+    used: int = 0
+    fallbacks: list[str] = field(default_factory=list)
+
+    def take(self, count: int) -> Tensor:
+        first, self.used = self.used, self.used + count
+        return sketch(
+            self.operator.columns,
+            count,
+            seed=self.seed,
+            first=first,
+            dtype=self.operator.dtype,
+            device=self.operator.device,
+        )
+
+    def note(self, fallback: str | None) -> None:
+        if fallback and fallback not in self.fallbacks:
+            self.fallbacks.append(fallback)
+
+
+def leading(
+    operator: Operator,
+    k: int,
+    *,
+    block: int,
+    capacity: int,
+    tol: float,
+    max_passes: int,
+    seed: int,
+    start: Tensor | None = None,
+) -> Leading:
+    """The k leading triplets of ``operator``.
+
+    Args:
+        block: columns of a block; a value of higher multiplicity than this is found where k asks for it, but later.
+        capacity: columns of the basis before it is restarted, at least ``5/4 k + 3 block`` (or all columns).
+        tol: stop when every ``residual_i^2 <= tol * next_value^2``, or when it is rounding error.
+        max_passes: products with the operator or its transpose; the best triplets until then are returned.
+        start: (columns, p) of a subspace that is close to the wanted one.
+    """
+    random = _Random(operator, seed)
+    space = Space(operator, capacity)
+    q = _first_block(operator, min(block, operator.columns), random, start)
+    schedule, steps, restarts = _Schedule(), 0, 0
+    suspected: Tensor | None = None  # the values at which more of a multiple one were looked for
+    patience = 0
+    while True:
+        image, rest = operator.both(q)
+        lengths = torch.stack([torch.linalg.vector_norm(t, dim=0).max() for t in (image, rest)]).tolist()
+        space.append(q, image, rest)
+        steps += 1
+        eps = torch.finfo(operator.dtype).eps
+        noise = operator.noise(lengths[0]) * lengths[0] + 4 * eps * lengths[1]
+        following, _, fallback = new_directions(space.basis, rest, noise, random.take)
+        random.note(fallback)
+        last, wider = q.shape[1], 0
+        exhausted = following.shape[1] == 0
+        spent = operator.passes + 3 > max_passes and space.width >= k
+        enough = space.width > k
+        if exhausted or spent or (enough and steps >= schedule.due):
+            values, vectors = space.ritz()
+            link = torch.mm(following.t(), rest).to("cpu", torch.float64)
+            excess = _excess(operator, values, link @ vectors[-last:], k, tol)
+            if exhausted or spent or excess <= 1:
+                found = space.triplets(k)
+                residuals, converged = _judge(operator, found, tol, exhausted)
+                multiple = block < k and not exhausted and _has_run(found[1], block, suspected)
+                if exhausted or spent or (converged and not multiple):
+                    left, sigma, right, next_value = found
+                    accepted = converged and not multiple
+                    return Leading(
+                        left, sigma, right, residuals, next_value, accepted, steps, restarts, operator.passes,
+                        tuple(random.fallbacks),
+                    )  # fmt: skip
+                schedule.due = steps + 1
+                if converged:
+                    # New directions show a value that was missed after as many steps as the first ones took; until then
+                    # they may look like smaller ones.
+                    patience = patience or steps
+                    suspected, wider, schedule.due = found[1], block, steps + patience
+                    following = following[:, :block]
+            else:
+                schedule.note(steps, excess)
+        wanted = min(following.shape[1] + wider, operator.columns - space.width)
+        if space.width + wanted > space.capacity:
+            # A quarter more than k: the values next to the wanted ones are what convergence depends on.
+            space.restart(min(k + max(block // 2, k // 4), space.capacity - wanted))
+            restarts += 1
+        q = _wider(operator, space, following, wanted, random) if wanted > following.shape[1] else following
+
+
+def _first_block(operator: Operator, block: int, random: _Random, start: Tensor | None) -> Tensor:
+    nothing = torch.empty(operator.columns, 0, dtype=operator.dtype, device=operator.device)
+    if start is not None and start.shape[1] >= block:
+        q, _, fallback = new_directions(nothing, start, 0.0, random.take)
+    else:
+        count = block if start is None else block - start.shape[1]
+        image, x = operator.both(random.take(count))
+        size = float(torch.linalg.vector_norm(image, dim=0).max())
+        noise = operator.noise(size / operator.columns**0.5) * size
+        if start is not None:
+            length = torch.linalg.vector_norm(x, dim=0).max().clamp(min=torch.finfo(x.dtype).tiny)
+            x, noise = torch.cat([start, x / length], dim=1), 0.0
+        q, _, fallback = new_directions(nothing, x, noise, random.take)
+    random.note(fallback)
+    return q
+
+
+def _wider(operator: Operator, space: Space, following: Tensor, width: int, random: _Random) -> Tensor:
+    """``following`` and new random directions after one step, ``width`` columns orthogonal to the basis."""
+    known = torch.cat([space.basis, following], dim=1)
+    _, x = operator.both(random.take(width - following.shape[1]))
+    project_out(known, x)
+    length = float(torch.linalg.vector_norm(x, dim=0).max())
+    random.note("another random block")
+    more = new_directions(known, x, torch.finfo(x.dtype).eps * length, random.take)[0]
+    return torch.cat([following, more], dim=1)
+
+
+def _excess(operator: Operator, squares: Tensor, links: Tensor, k: int, tol: float) -> float:
+    """The largest estimated residual over the allowed one. An estimate has the rounding error of ``C^T C``, not of C."""
+    largest = math.sqrt(max(float(squares[0]), 0.0))
+    noise = operator.noise(largest)
+    next_value = math.sqrt(max(float(squares[k]), 0.0)) if k < squares.numel() else 0.0
+    sigma = squares[:k].clamp(min=max(noise * largest, 1e-300)).sqrt()
+    estimates = torch.linalg.vector_norm(links[:, :k], dim=0) / sigma
+    allowed = (2 * noise * largest / sigma).clamp(min=max(math.sqrt(tol) * next_value, noise, 1e-300))
+    return float((estimates / allowed).max())
+
+
+def _judge(
+    operator: Operator, found: tuple[Tensor, Tensor, Tensor, float], tol: float, exhausted: bool
+) -> tuple[Tensor, bool]:
+    left, sigma, right, next_value = found
+    backward = operator.transposed(left.to(operator.dtype)).to(torch.float64)
+    residuals = torch.linalg.vector_norm(backward - right * sigma, dim=0)
+    noise = operator.noise(float(sigma[0]))
+    allowed = max(math.sqrt(tol) * next_value, noise * (4 if exhausted else 1))
+    return residuals, bool((residuals <= allowed).all())
+
+
+def _has_run(sigma: Tensor, block: int, suspected: Tensor | None) -> bool:
+    """Whether ``block`` values in a row are equal: a block finds no more copies of a value than it has columns."""
+    first, last = sigma[: 1 - block], sigma[block - 1 :]
+    if not bool(((first - last <= _EQUAL * first) & (last > 0)).any()):
+        return False
+    return suspected is None or bool((sigma - suspected > _EQUAL * suspected).any())

@@ -1,0 +1,37 @@
+"""The random start of a Krylov space: entries +-1 from Philox4x32 with 10 rounds, the same bits on every device.
+
+    key      = (seed_lo, seed_hi)
+    counter  = (row, col // 128, 0, 0)
+    bit      = bit ``col % 32`` of output word ``(col % 128) // 32``          entry = 1 - 2 bit
+
+An entry depends on its global (row, column) only: any part of the matrix can be made anywhere, by whoever holds it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdkern.backends.philox import philox4x32
+
+_LOW = 0xFFFFFFFF
+_ROUNDS = 10
+_CHUNK_ELEMENTS = 1 << 18  # int64 words made at a time
+
+
+def sketch(rows: int, columns: int, *, seed: int, first: int = 0, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, columns) of +-1: columns ``first ... first + columns - 1`` of the endless matrix that ``seed`` names."""
+    column = torch.arange(first, first + columns, device=device)
+    first_group = first // 128
+    group = torch.arange(first_group, (first + max(columns, 1) - 1) // 128 + 1, device=device)
+    word = torch.div(column, 32, rounding_mode="floor") - 4 * first_group
+    key = tuple(torch.tensor(part & _LOW, device=device) for part in (seed, seed >> 32))
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    height = max(1, _CHUNK_ELEMENTS // max(columns, 4 * group.numel()))
+    for start in range(0, rows, height):
+        row = torch.arange(start, min(start + height, rows), device=device).unsqueeze(1)
+        words = torch.stack(philox4x32((row, group, zero, zero), (key[0], key[1]), rounds=_ROUNDS), dim=-1)
+        bits = (words.flatten(1)[:, word] >> (column % 32)) & 1
+        out[start : start + height] = 1 - 2 * bits
+    return out

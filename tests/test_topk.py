@@ -1,0 +1,386 @@
+"""topk_svd, the largest triplets: against float64 LAPACK, by values, residuals and projectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from svdkern.linalg import TopkSVD, factors, topk_svd
+from svdkern.linalg.krylov import leading
+from svdkern.linalg.operand import Operand
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def with_spectrum(m: int, n: int, sigma: Tensor, seed: int = 0) -> Tensor:
+    """(m, n) float64 with these singular values (min(m, n) of them)."""
+    generator = _generator(seed)
+    p, _ = torch.linalg.qr(torch.randn(m, sigma.numel(), generator=generator, dtype=torch.float64))
+    q, _ = torch.linalg.qr(torch.randn(n, sigma.numel(), generator=generator, dtype=torch.float64))
+    return (p * sigma) @ q.t()
+
+
+def _index(n: int) -> Tensor:
+    return torch.arange(1, n + 1, dtype=torch.float64)
+
+
+def _spiked() -> Tensor:
+    a = torch.randn(260, 220, generator=_generator(4), dtype=torch.float64) / 220**0.5
+    return a + with_spectrum(260, 220, torch.tensor([9.0, 6.0, 4.0], dtype=torch.float64), seed=5)
+
+
+def _outlier_row() -> Tensor:
+    a = torch.randn(250, 210, generator=_generator(6), dtype=torch.float64)
+    a[17] *= 100
+    return a
+
+
+def _clustered() -> Tensor:
+    values = torch.cat([torch.full((size,), value) for size, value in ((5, 3.0), (9, 2.0), (196, 0.5))]).double()
+    return with_spectrum(210, 230, values * (1 + 1e-9 * _index(210)))
+
+
+MATRICES: dict[str, tuple[Callable[[], Tensor], int]] = {
+    "power": (lambda: with_spectrum(230, 210, _index(210) ** -0.5), 12),
+    "exponential": (lambda: with_spectrum(210, 230, 0.8 ** _index(210)), 10),
+    "steep": (lambda: with_spectrum(210, 230, 0.3 ** _index(210)), 10),
+    "step": (lambda: with_spectrum(220, 220, torch.where(_index(220) <= 20, 1.0, 1e-3).double()), 20),
+    "more equal ones than k": (lambda: with_spectrum(220, 220, torch.where(_index(220) <= 90, 1.0, 0.1).double()), 5),
+    "orthogonal": (lambda: with_spectrum(200, 200, torch.ones(200, dtype=torch.float64)), 9),
+    "clustered": (_clustered, 14),
+    "spiked": (_spiked, 6),
+    "flat": (lambda: torch.randn(300, 200, generator=_generator(1), dtype=torch.float64), 8),
+    "exact low rank": (lambda: with_spectrum(240, 200, _index(10).flip(0)), 10),
+    "rank below k": (lambda: with_spectrum(200, 240, _index(4)), 9),
+    "rank far below k": (lambda: with_spectrum(200, 240, _index(4)), 40),
+    "zero": (lambda: torch.zeros(200, 210, dtype=torch.float64), 5),
+    "one entry": (lambda: -2.0 * torch.outer(torch.eye(200)[3], torch.eye(210)[7]).double(), 5),
+    "one outlier row": (_outlier_row, 4),
+    "wide": (lambda: torch.randn(40, 3000, generator=_generator(2), dtype=torch.float64), 6),
+    "tall": (lambda: torch.randn(3000, 40, generator=_generator(3), dtype=torch.float64), 6),
+    "equal rows": (lambda: torch.randn(1, 220, generator=_generator(7), dtype=torch.float64).repeat(200, 1), 5),
+    "huge range": (lambda: torch.diag(torch.logspace(0, -38, 200, dtype=torch.float64)), 12),
+}  # fmt: skip
+
+
+def check(a: Tensor, k: int, found: TopkSVD, *, tol: float, smallest: bool = False) -> None:
+    """Everything that is promised of one result, against LAPACK in float64."""
+    size = float(a.double().abs().max()) or 1.0
+    wide = a.double() / size
+    p, s, qh = torch.linalg.svd(wide, full_matrices=False)
+    wanted = slice(s.numel() - k, None) if smallest else slice(0, k)
+    exact = s[wanted]
+    u, v = found.U.double(), found.V.double()
+    sigma = found.S.double() / size
+    info = found.info
+    eps = torch.finfo(found.S.dtype).eps
+    rounding = (64 if eps < 1e-15 else 32) * eps * float(wide.norm()) + 1e-300
+    assert found.U.shape == (a.shape[0], k) and found.V.shape == (a.shape[1], k) and found.S.shape == (k,)
+    assert found.U.dtype == found.S.dtype == found.V.dtype
+    assert all(bool(t.isfinite().all()) for t in found[:3])
+    assert bool((found.S >= 0).all()) and bool((found.S.diff() <= 0).all())
+    for factor in (u, v):
+        assert (factor.t() @ factor - torch.eye(k)).abs().max() < (200 if eps < 1e-15 else 20) * eps
+    assert bool((u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all())
+
+    assert info.converged
+    left = torch.linalg.vector_norm(wide @ v - u * sigma, dim=0)
+    right = torch.linalg.vector_norm(wide.t() @ u - v * sigma, dim=0)
+    claimed = info.residuals / size
+    assert bool((torch.maximum(left, right) <= claimed + rounding).all()), (left, right, claimed)
+    neighbour = (float(s[-k - 1]) if k < s.numel() else math.inf) if smallest else (float(s[k]) if k < s.numel() else 0)
+    limit = math.sqrt(tol) * neighbour
+    assert bool((claimed <= 1.01 * limit + rounding).all())
+
+    # Values: to first order in the residual for any of them, to second order against what is left out.
+    error = (sigma.square() - exact.square()).abs()
+    floor = 2 * rounding * exact + rounding * rounding
+    allowed = 4 * tol * neighbour**2 if neighbour < math.inf else 0.0
+    assert bool((error <= allowed + floor).all()), (error / max(neighbour, rounding) ** 2, sigma, exact)
+    best = float(s.square().sum() - exact.square().sum())
+    got = float((wide - (u * sigma) @ v.t()).square().sum())
+    assert abs(got - best) <= k * (allowed + 4 * rounding)
+    assert info.tail / size == pytest.approx(math.sqrt(got), rel=1e-3, abs=20 * math.sqrt(eps) * float(wide.norm()))
+
+    # The space is determined where a gap separates it; Wedin: sin(angle) <= residual / gap.
+    inner = float(exact[0 if smallest else -1])
+    gap = abs(neighbour - inner)
+    if rounding * 10 < gap < math.inf:
+        bound = 2 * math.sqrt(k) * (float(claimed.max()) + rounding) / gap
+        sides = [(u, p[:, wanted]), (v, qh[wanted].t())]
+        if float(exact[-1]) <= 100 * rounding and a.shape[0] != a.shape[1]:
+            del sides[0 if a.shape[0] > a.shape[1] else 1]  # any vectors of the larger kernel will do
+        for factor, reference in sides:
+            sine = torch.linalg.matrix_norm(reference - factor @ (factor.t() @ reference), 2)
+            assert sine <= bound, (sine, bound)
+
+
+@pytest.mark.parametrize("method", ["krylov", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", MATRICES)
+def test_every_kind_of_matrix(name: str, dtype: torch.dtype, method: str) -> None:
+    make, k = MATRICES[name]
+    a = make().to(dtype)
+    found = topk_svd(a, k, method=method)
+    assert found.info.method == method
+    check(a, k, found, tol=found.info.tol)
+
+
+@pytest.mark.parametrize("tol", ["fast", "accurate", 1e-4])
+@pytest.mark.parametrize("name", ["power", "spiked", "flat", "one outlier row"])
+def test_tolerances(name: str, tol: str | float) -> None:
+    make, k = MATRICES[name]
+    a = make().float()
+    found = topk_svd(a, k, method="krylov", tol=tol)
+    check(a, k, found, tol=found.info.tol)
+
+
+def test_a_tighter_tolerance_takes_more_passes() -> None:
+    a = MATRICES["flat"][0]()
+    passes = [topk_svd(a, 4, method="krylov", tol=tol).info.passes for tol in ("fast", "balanced", "accurate")]
+    assert passes == sorted(passes) and passes[0] < passes[2]
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20, 1e-38, 1e34])
+@pytest.mark.parametrize("method", ["krylov", "exact"])
+def test_scale(scale: float, method: str) -> None:
+    a = (MATRICES["power"][0]() * scale).float()
+    check(a, 6, topk_svd(a, 6, method=method), tol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_scale_of_float64(scale: float) -> None:
+    a = MATRICES["power"][0]() * scale
+    check(a, 6, topk_svd(a, 6, method="krylov"), tol=1e-5)
+
+
+def test_a_power_of_two_changes_no_bit() -> None:
+    a = MATRICES["power"][0]().float()
+    plain, scaled = topk_svd(a, 6, method="krylov"), topk_svd(a * 2.0**-30, 6, method="krylov")
+    assert torch.equal(plain.U, scaled.U) and torch.equal(plain.V, scaled.V)
+    assert torch.equal(plain.S * 2.0**-30, scaled.S)
+
+
+@pytest.mark.parametrize("k", [1, 33, 100, 199, 200])
+@pytest.mark.parametrize("method", ["auto", "krylov", "exact"])
+def test_one_triplet_to_all(k: int, method: str) -> None:
+    a = with_spectrum(210, 200, _index(200) ** -0.5).float()
+    found = topk_svd(a, k, method=method)
+    check(a, k, found, tol=found.info.tol)
+    assert (found.info.next_value == 0) == (k == 200)
+
+
+def test_one_row_and_one_column() -> None:
+    for shape in ((1, 30), (30, 1), (1, 1)):
+        a = torch.randn(*shape, generator=_generator())
+        for method in ("krylov", "exact"):
+            found = topk_svd(a, 1, method=method)
+            assert found.S.item() == pytest.approx(float(a.norm()), rel=1e-6)
+            assert torch.allclose(found.U * found.S @ found.V.t(), a, atol=1e-6)
+
+
+def test_u_is_the_output_side_of_a_square_weight() -> None:
+    a = torch.zeros(60, 60)
+    a[1, 3] = 2.0  # output 1, input 3
+    for method in ("krylov", "exact"):
+        u, s, v, _ = topk_svd(a, 1, method=method)
+        assert s.item() == pytest.approx(2.0)
+        assert u[:, 0].argmax() == 1 and v[:, 0].argmax() == 3 and v[3, 0] == pytest.approx(1.0)
+    inner, sigma, outer = factors(a, 1)
+    assert torch.allclose(outer, u, atol=1e-6) and torch.allclose(inner, v, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["krylov", "exact"])
+def test_signs_follow_u(method: str) -> None:
+    a = torch.randn(80, 60, generator=_generator(5))
+    for matrix in (a, -a, a.t(), -a.t()):
+        u = topk_svd(matrix, 6, method=method).U
+        assert bool((u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["krylov", "exact"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_half_precision_is_read_as_it_is(dtype: torch.dtype, method: str, transposed: bool) -> None:
+    a = with_spectrum(330, 210, _index(210) ** -0.5).to(dtype)
+    a = a.t() if transposed else a
+    found = topk_svd(a, 8, method=method)
+    assert found.S.dtype == torch.float32
+    check(a, 8, found, tol=1e-5)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor of float32 or float64 that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and t.dtype in (torch.float32, torch.float64):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_half_precision_is_never_copied_whole(transposed: bool) -> None:
+    a = torch.randn(2400, 1300, generator=_generator()).bfloat16()
+    a = a.t() if transposed else a
+    with _Largest() as largest:
+        topk_svd(a, 4, tol="fast", max_passes=8)
+    assert 0 < largest.elements < a.numel() / 2
+    for other in (torch.zeros(40, 60)[:, ::2], torch.zeros(1, 60).expand(40, 60), a):  # the BLAS would be given a copy
+        assert not Operand(other, "A")._plain
+    assert Operand(torch.zeros(40, 60).t(), "A")._plain and Operand(torch.zeros(40, 60)[:, :9], "A")._plain
+    with _Largest() as largest:
+        a.float()
+    assert largest.elements == a.numel()  # the mode sees a copy where one is made
+
+
+@pytest.mark.parametrize("method", ["krylov", "exact"])
+def test_strides(method: str) -> None:
+    base = torch.randn(420, 660, generator=_generator(), dtype=torch.float64).float()
+    base[:, ::2] += with_spectrum(420, 330, 40 * _index(6)).float()
+    for a in (base[:, ::2], base[::2], base.t()[::3], base[:, :200].t(), base[0].expand(220, 660)):
+        check(a, 5, topk_svd(a, 5, method=method), tol=1e-5)
+        same = topk_svd(a.contiguous(), 5, method=method)
+        assert torch.allclose(same.S, topk_svd(a, 5, method=method).S, rtol=1e-5, atol=1e-5 * float(same.S[0]))
+
+
+def test_restarts_end_where_one_basis_would() -> None:
+    a = torch.randn(900, 600, generator=_generator(8))
+    found = topk_svd(a, 14, method="krylov", tol="accurate")
+    assert found.info.restarts > 0
+    check(a, 14, found, tol=1e-6)
+
+
+@pytest.mark.parametrize("capacity", [36, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("top", [0.7, 0.95])
+def test_more_equal_values_than_a_block_has_columns(capacity: int, dtype: torch.dtype, top: float) -> None:
+    """A Krylov space of 4 columns holds 4 copies of a value; the next ones it shows are smaller ones, with residual 0."""
+    sigma = torch.cat([torch.ones(13), torch.linspace(top, 0.1, 187)]).double()
+    a = with_spectrum(210, 200, sigma).to(dtype)
+    options = {"block": 4, "capacity": capacity, "tol": 1e-5, "max_passes": 2000, "seed": 0}
+    found = leading(Operand(a, "A"), 13, **options)
+    assert found.converged and (found.restarts > 0) == (capacity < 200)
+    values = found.sigma / found.sigma[0]
+    assert (values - 1).abs().max() < 1e-5
+    assert "another random block" in found.fallbacks
+    equal = topk_svd(with_spectrum(400, 380, torch.ones(380).double()), 70, method="krylov")
+    assert equal.info.converged and (equal.S - 1).abs().max() < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------- same bits, no side effects
+
+
+def test_same_seed_same_bits_whatever_the_global_generator() -> None:
+    a = torch.randn(300, 260, generator=_generator())
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = topk_svd(a, 5, method="krylov", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, other = topk_svd(a, 5, method="krylov", seed=3), topk_svd(a, 5, method="krylov", seed=4)
+    assert all(torch.equal(x, y) for x, y in zip(first[:3], again[:3], strict=True))
+    assert not torch.equal(first.V, other.V)
+    assert torch.allclose(first.S, other.S, rtol=1e-3)
+    assert first.info.seed == 3
+
+
+def test_autocast_and_reduced_precision_do_not_reach_the_products() -> None:
+    a = torch.randn(300, 260, generator=_generator())
+    expected = [topk_svd(a, 5, method=method) for method in ("krylov", "exact")]
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "bf16"
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = [topk_svd(a, 5, method=method) for method in ("krylov", "exact")]
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = before
+    for found, wanted in zip(inside, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(found[:3], wanted[:3], strict=True))
+
+
+def test_a_matrix_that_requires_grad() -> None:
+    a = torch.randn(100, 80, generator=_generator()).requires_grad_()
+    for method in ("krylov", "exact"):
+        assert not any(t.requires_grad for t in topk_svd(a, 3, method=method)[:3])
+
+
+# ------------------------------------------------------------------------------------------------------ limits and arguments
+
+
+def test_what_has_not_converged_says_so() -> None:
+    a = torch.randn(500, 400, generator=_generator())
+    found = topk_svd(a, 5, method="krylov", tol="accurate", max_passes=6)
+    assert not found.info.converged and found.info.passes <= 7
+    exact = torch.linalg.svdvals(a.double())[:5]
+    error = exact - found.S.double()
+    assert bool((error > -1e-4).all()) and float(error.max()) > 0.1
+    wide = a.double()
+    residual = torch.linalg.vector_norm(wide.t() @ found.U.double() - found.V.double() * found.S.double(), dim=0)
+    assert torch.allclose(found.info.residuals, residual, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(600, 500), (500, 600)])
+def test_a_warm_start_takes_fewer_passes(shape: tuple[int, int]) -> None:
+    a = torch.randn(*shape, generator=_generator())
+    cold = topk_svd(a, 5, method="krylov", tol=1e-4)
+    warm = topk_svd(a, 5, method="krylov", tol=1e-4, v0=cold.V)
+    assert warm.info.passes < cold.info.passes
+    check(a, 5, warm, tol=1e-4)
+
+
+def test_a_warm_start_that_leads_nowhere_is_overcome() -> None:
+    a = with_spectrum(300, 260, _index(260) ** -0.5).float()
+    worst = torch.linalg.svd(a)[2][-20:].t()
+    check(a, 5, topk_svd(a, 5, method="krylov", v0=worst), tol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["auto", "krylov", "exact"])
+def test_not_finite(value: float, dtype: torch.dtype, method: str) -> None:
+    a = torch.randn(50, 40, generator=_generator()).to(dtype)
+    a[13, 7] = value
+    with pytest.raises(ValueError, match="A has a NaN or an infinity"):
+        topk_svd(a, 3, method=method)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"k": 0}, ValueError, r"k is 0, expected 1 <= k <= 4"),
+        ({"k": 5}, ValueError, r"k is 5, expected 1 <= k <= 4 \(A is \(6, 4\)\)"),
+        ({"k": 2.0}, TypeError, "k is 2.0, expected an integer"),
+        ({"k": True}, TypeError, "k is True, expected an integer"),
+        ({"A": torch.zeros(3)}, ValueError, r"A is \(3,\), expected a matrix"),
+        ({"A": torch.zeros(2, 3, 4)}, ValueError, r"A is \(2, 3, 4\), expected a matrix"),
+        ({"A": torch.zeros(3, 3, dtype=torch.int32)}, TypeError, "A is torch.int32, expected float32"),
+        ({"A": torch.zeros(3, 3, dtype=torch.complex64)}, TypeError, "A is torch.complex64, expected float32"),
+        ({"A": [[1.0]]}, TypeError, "A is a list, expected a tensor"),
+        ({"which": "bottom"}, ValueError, "which is 'bottom', expected one of largest, smallest"),
+        ({"method": "lanczos"}, ValueError, "method is 'lanczos', expected one of auto, krylov, exact"),
+        ({"tol": "best"}, ValueError, "tol is 'best', expected a number or one of fast, balanced, accurate"),
+        ({"tol": 0.0}, ValueError, "tol is 0.0, expected 0 < tol < 1"),
+        ({"tol": math.nan}, ValueError, "tol is nan, expected 0 < tol < 1"),
+        ({"seed": 0.5}, TypeError, "seed is 0.5, expected an integer"),
+        ({"max_passes": 0}, ValueError, "max_passes is 0, expected at least 1"),
+        ({"v0": torch.zeros(6, 2)}, ValueError, r"v0 is \(6, 2\), expected \(4, p\) with 1 <= p <= 4"),
+        ({"v0": torch.full((4, 1), math.nan)}, ValueError, "v0 has a NaN or an infinity"),
+        ({"v0": torch.zeros(4, 1), "method": "krylov"}, ValueError, "v0 has no column"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        topk_svd(**({"A": torch.ones(6, 4), "k": 2} | arguments))  # type: ignore[arg-type]
