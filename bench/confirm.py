@@ -4,7 +4,8 @@
     python -m svdkern bench confirm bench/results/<machine>/roofline.jsonl bench/results/<machine>/linear.jsonl
 
 A line a measured row whose (case, dtype, mode) was predicted: p/m is predicted over measured. At the end, by design: the
-geometric mean error, that is of max(p/m, m/p), and of p/m. A provider stands for the design that it should be like.
+geometric mean error, that is of max(p/m, m/p), and of p/m. A provider stands for the design that it should be like. On a GPU
+predictions are of replayed CUDA graphs, and so are the rows that are taken (`bench linear --graph`).
 """
 
 from __future__ import annotations
@@ -37,12 +38,15 @@ def confirm(predictions: Iterable[Row], measured: Iterable[Row]) -> str:
     for row in results.latest(row for row in measured if row["bench"] == "linear"):
         design = DESIGNS[row["device"]].get(row["provider"])
         sizes = [row[field] for field in "MKNr"]
-        guess = predicted.get((*sizes, row["dtype"], row["mode"], design))
+        mode, graph, _ = row["mode"].partition("_graph")
+        if bool(graph) != (row["device"] == "cuda"):
+            continue
+        guess = predicted.get((*sizes, row["dtype"], mode, design))
         if guess is None or (row["status"], row["dropout"], row["mask"]) != ("ok", 0.0, "xuv"):
             continue
         ratios[str(design)].append(guess / row["median_s"])
         figures = (f"{guess * 1e3:.4f}", f"{row['median_s'] * 1e3:.4f}", f"{guess / row['median_s']:.2f}")
-        lines.append(form.format(str(Case(*sizes)), row["dtype"], row["mode"], row["provider"], str(design), *figures))
+        lines.append(form.format(str(Case(*sizes)), row["dtype"], mode, row["provider"], str(design), *figures))
     if not ratios:
         raise ValueError("nothing that was predicted was measured")
     for name, those in {**ratios, "all": sum(ratios.values(), [])}.items():
@@ -58,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("predictions", type=Path, help="rows that `bench roofline --store` wrote")
-    parser.add_argument("measured", type=Path, help="rows of `bench linear`")
+    parser.add_argument("measured", type=Path, help="rows of `bench linear` (GPU: --graph)")
     options = parser.parse_args(arguments)
     try:
         print(confirm(results.read_jsonl(options.predictions), results.read_jsonl(options.measured)))

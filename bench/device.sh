@@ -9,7 +9,7 @@
 #   REHEARSE=1 bash bench/device.sh                         the same code on the CPU with tiny sizes, to test this file
 #
 # Stages, in order, each with a time limit and a log of its own: environment, build, doctor, tests (each kernel against
-# fp64), accuracy, ceilings, linear, memory, compile, plots. Only where STAGES names it: tune, which takes the ten minutes for
+# fp64), accuracy, ceilings, linear, graphs, memory, compile, plots. Only where STAGES names it: tune, which takes the ten minutes for
 # itself; what it has measured is in triton_tiles.json among the parts. A stage that fails or runs out of time is written down
 # and the rest goes on; the exit status says whether all went well. A provider whose result is wrong is not timed, its row says
 # why.
@@ -28,7 +28,7 @@ REHEARSE=${REHEARSE:-}
 TOTAL_SECONDS=${TOTAL_SECONDS:-570}
 if [ -n "${SYSTEM:-}" ]; then PYTHON=${PYTHON:-python3}; else PYTHON=${PYTHON:-.venv/bin/python}; fi
 [ -n "${STAGES:-}" ] || rm -rf "$PARTS" # all of them: nothing of an earlier run counts
-ALL="environment build doctor tests accuracy ceilings linear memory compile plots"
+ALL="environment build doctor tests accuracy ceilings linear graphs memory compile plots"
 STAGES=${STAGES:-$ALL}
 mkdir -p "$OUT" "$PARTS"
 touch "$PARTS/stages.tsv"
@@ -47,6 +47,7 @@ else
   # Training at two model sizes and three ranks, SmolLM2's layers, decoding, call overhead.
   SHAPES="8192x4096x4096x16 8192x4096x4096x64 8192x4096x4096x128 2048x2048x2048x16 1024x576x1536x16
           1024x1536x576x16 1x4096x4096x16 16x4096x4096x16 4x64x64x4"
+  GRAPH_SHAPES="8192x4096x4096x16 8192x4096x4096x128 1x4096x4096x16 16x4096x4096x16" # what roofline.py predicts
   ACCURACY_SHAPES="512x1024x1024x16 512x1024x1024x128 4x4096x1024x16"
   SECONDS_A_GROUP=1.5
   TRITON="svdkern-triton"
@@ -126,6 +127,8 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
   stage ceilings 30 "$PYTHON" -m svdkern bench ceilings --device "$DEVICE"
   stage linear 170 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes $SHAPES --seconds "$SECONDS_A_GROUP" \
     --dtypes bf16 fp16 fp32 --providers frozen eager addmm peft_default peft_bf16 svdkern-eager $TRITON svdkern
+  [ -n "$REHEARSE" ] || stage graphs 60 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --graph --shapes $GRAPH_SHAPES \
+    --dtypes bf16 --seconds "$SECONDS_A_GROUP" --providers frozen eager addmm peft_bf16 $TRITON svdkern
   stage memory 60 "$PYTHON" -m svdkern bench memory --device "$DEVICE" --dtypes bf16 --shapes ${SHAPES%% *}
   stage compile 60 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes ${SHAPES%% *} --dtypes bf16 \
     --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern $TRITON --compile

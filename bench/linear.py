@@ -4,13 +4,15 @@
     python -m svdkern bench linear --set rows ranks   other sets of cases (--help names them); all: every one
     python -m svdkern bench linear --quick --json -   a look in less than a minute, written to standard output
     python -m svdkern bench linear --shapes 1024x576x1536x16 --dtypes bf16 --dropout 0.1 --mask uv
+    python -m svdkern bench linear --device cuda --graph --shapes 1x4096x4096x16      replays of CUDA graphs
 
 Adds to bench/results/<machine>/linear.jsonl one line a (case, dtype, mode, provider): seconds of one call as median, 20th
 and 80th percentile of n samples, all providers interleaved; ratio_to_frozen, over the frozen layer's median in the same
 run; floor_s, what the arithmetic and the bytes take at the ceilings measured in the same run; err_vs_fp64, the largest
 normwise relative error of y (and of the gradients in mode fwd_bwd) of that provider in that run, and the limit it must
 keep: twice eager's, and a few roundings of the result and of the sums. `fwd` runs without gradients, as inference does;
-`fwd_bwd` gives the gradients of the mask (the frozen layer: dx). Factors are fp32, but for peft_bf16, whose factors have the
+`fwd_bwd` gives the gradients of the mask (the frozen layer: dx); with --graph both end in `_graph`, and the host's part of a
+call is not in them. Factors are fp32, but for peft_bf16, whose factors have the
 dtype of x. A provider that fails, or whose call would take too long, is a line with the reason. A group whose spread is too
 wide is measured once more.
 """
@@ -64,6 +66,22 @@ def make_call(layers: Sequence[Provider], mode: str) -> Callable[[int], object]:
 
         return forward
     return lambda i: layers[i % count].backward()
+
+
+def captured(layers: Sequence[Provider], mode: str) -> Callable[[int], object]:
+    """The same call as replays of CUDA graphs, one a layer of the rotation; what they compute shares one pool of memory."""
+    call, pool, graphs = make_call(layers, mode), torch.cuda.graph_pool_handle(), []
+    side = torch.cuda.Stream()
+    for i in range(len(layers)):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call(i)  # compiles, and makes what a library makes at its first call
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            call(i)
+        graphs.append(graph)
+    return lambda i: graphs[i % len(graphs)].replay()
 
 
 def call_error(layer: Provider, mode: str, exact: dict[str, torch.Tensor], seed: int) -> float:
@@ -137,7 +155,7 @@ def measure_once(case: Case, dtype_name: str, mode: str, options: argparse.Names
             errors[name] = call_error(layers[0], mode, exact, options.seed)
             if not errors[name] < 0.1:
                 raise ValueError(f"wrong result: relative error {errors[name]:.2g} against fp64")
-            calls[name] = make_call(layers, mode)
+            calls[name] = captured(layers, mode) if options.graph else make_call(layers, mode)
         except Exception as error:
             reasons[name] = results.why(error)
     clock = timing.cuda_clock if device.type == "cuda" else timing.cpu_clock
@@ -178,7 +196,7 @@ def measure_once(case: Case, dtype_name: str, mode: str, options: argparse.Names
                 r=case.r,
                 dropout=case.dropout,
                 mask=case.mask,
-                mode=mode,
+                mode=f"{mode}_graph" if options.graph else mode,
                 **results.timed(measured, timings.get(yardstick), floor),
                 err_vs_fp64=errors.get(name) if measured else None,
                 err_limit=limit if measured else None,
@@ -223,6 +241,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=cases.MODES, help="only these (with --shapes: default both)")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all but compile")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain expression")
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs; with --device cuda")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for one (case, dtype, mode)")
     parser.add_argument("--quick", action="store_true", help="fewer providers and rounds: a look, nothing is filed")
     parser.add_argument("--rotation-mb", type=int, default=512, help="memory that the rotated tensors fill")
@@ -232,6 +251,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.providers is None:
         options.providers = list(QUICK_PROVIDERS if options.quick else DEFAULT_PROVIDERS)
+    if options.graph and torch.device(options.device).type != "cuda":
+        parser.error(f"--graph needs --device cuda, not {options.device}")
     if options.compile and "compile" not in options.providers:
         options.providers.append("compile")
     if options.quick:

@@ -16,7 +16,7 @@ from svdkern.nn import SVDLinear
 
 
 def warmup(model: nn.Module, rows: Iterable[int], *, dtype: torch.dtype | None = None) -> int:
-    """Compile and load every Triton kernel that the model's ``SVDLinear`` layers will launch.
+    """Compile and load every Triton kernel that the model's ``SVDLinear`` layers and their penalties will launch.
 
     A kernel that has yet to be compiled cannot be captured in a CUDA graph. Each layer is run on zeros as it would be in the
     model: forward and, unless under ``torch.no_grad()``, backward, for an x that wants a gradient and for one that does not
@@ -58,6 +58,8 @@ def warmup(model: nn.Module, rows: Iterable[int], *, dtype: torch.dtype | None =
         for m in counts:
             _run(layer, like.new_zeros(m, layer.in_features))
             count += 1
+        with torch.no_grad():
+            layer.config.penalty([layer])  # its Gram matrix has a kernel of its own
         if layer.residual.is_cuda:
             devices.add(layer.residual.device)
     for device in devices:

@@ -21,10 +21,11 @@ OUTPUTS = {
     "linear_kernel": ("y", "h_out"),
     "forward_kernel": ("y", "h_out"),
     "backward_kernel": ("dx", "dsigma", "dcore", "dscale", "dgate", "du", "dv", "dbias"),
-    "reduce_kernel": tuple(f"o{i}" for i in range(6)),
+    "reduce_kernel": ("out",),
     "gram_kernel": ("partial",),
 }
-BETWEEN = ("control", "z", "q")  # written and read by tiles of one launch; everything else is read alone
+# written and read by tiles of one launch; everything else is read alone
+BETWEEN = ("control", "z", "q", "sigmas", "cores", "scales", "u_sum", "v_sum", "bias_sum")
 
 
 @dataclass

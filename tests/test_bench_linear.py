@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,63 @@ def test_linear_writes_complete_rows(capsys: pytest.CaptureFixture[str]) -> None
     assert all(tuple(r) == results.fields("linear") and r["status"] == "ok" for r in rows)
     assert rows[0]["ratio_to_frozen"] == 1.0 and 0 < rows[0]["floor_s"] < rows[1]["floor_s"]
     assert rows[1]["err_vs_fp64"] <= rows[1]["err_limit"]
+
+
+class Graphs:
+    """In torch.cuda's place: a graph holds the calls that were made while it was captured."""
+
+    CUDAGraph = list
+    now: list[int] | None = None
+
+    class Stream:
+        def wait_stream(self, other: object) -> None: ...
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    def current_stream(self) -> Graphs.Stream:
+        return self.Stream()
+
+    def stream(self, stream: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def graph(self, graph: list[int], pool: str) -> Iterator[None]:
+        assert pool == "pool"
+        self.now = graph
+        yield
+        self.now = None
+
+
+def test_graphs_are_captured_after_a_call_and_replayed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph a layer of the rotation, each with that layer's call alone."""
+    cuda, eager, replayed = Graphs(), [], []
+
+    class Graph(list):
+        def replay(self) -> None:
+            replayed.extend(self)
+
+    cuda.CUDAGraph = Graph
+    monkeypatch.setattr(linear.torch, "cuda", cuda)
+
+    class Layer:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def backward(self) -> None:
+            (eager if cuda.now is None else cuda.now).append(self.number)
+
+    call = linear.captured([Layer(i) for i in range(3)], "fwd_bwd")
+    assert eager == [0, 1, 2] and replayed == []
+    for i in range(5):
+        call(i)
+    assert replayed == [0, 1, 2, 0, 1] and eager == [0, 1, 2]
+
+
+def test_graphs_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        linear.main([*LINEAR, "--graph"])
+    assert "--graph needs --device cuda, not cpu" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_ceilings")

@@ -19,7 +19,7 @@ PROVENANCE = dict.fromkeys(results.PROVENANCE) | {"machine": "M", "threads": 1, 
 def measured(provider: str, median_s: float | None, **changes: Any) -> dict[str, Any]:
     timing = {**dict.fromkeys(results.TIMING), "median_s": median_s}
     values = {"dtype": "bf16", "factor_dtype": "fp32", "M": 8, "K": 16, "N": 32, "r": 4, "dropout": 0.0, "mask": "xuv",
-              "mode": "fwd_bwd", "err_vs_fp64": None, "err_limit": None, "seed": 0, "device": "cuda"}  # fmt: skip
+              "mode": "fwd_bwd_graph", "err_vs_fp64": None, "err_limit": None, "seed": 0, "device": "cuda"}  # fmt: skip
     outcome = results.outcome(median_s is not None, None)
     return results.make("linear", **({"provider": provider} | PROVENANCE | timing | values | outcome | changes))
 
@@ -30,7 +30,7 @@ def predicted(candidate: str, seconds: float, **changes: Any) -> dict[str, Any]:
 
 
 PREDICTIONS = [predicted("frozen", 9.0), predicted("frozen", 1.0), predicted("unfused", 2.0), predicted("persistent", 1.2),
-               predicted("fused", 3.0), predicted("steps", 4.0)]  # fmt: skip
+               predicted("eager", 1.0), predicted("fused", 3.0), predicted("steps", 4.0)]  # fmt: skip
 
 
 def test_predictions_beside_measured_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +43,7 @@ def test_predictions_beside_measured_rows(tmp_path: Path, capsys: pytest.Capture
         measured("svdkern", 1.0, mask="x"),
         measured("svdkern", 1.0, r=64),
         measured("peft_default", None),
+        measured("eager", 1.0, mode="fwd_bwd"),  # the host's time is in it
         measured("compile", 1.0),
     ]
     files = tmp_path / "roofline.jsonl", tmp_path / "linear.jsonl"
@@ -65,7 +66,10 @@ def test_predictions_beside_measured_rows(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_cpu_s_rows_stand_for_its_own_designs() -> None:
-    text = confirm.confirm(PREDICTIONS, [measured("svdkern", 3.0, device="cpu"), measured("addmm", 4.0, device="cpu")])
+    text = confirm.confirm(
+        PREDICTIONS,
+        [measured(name, seconds, device="cpu", mode="fwd_bwd") for name, seconds in (("svdkern", 3.0), ("addmm", 4.0))],
+    )
     assert [line.split()[4] for line in text.splitlines()[1:3]] == ["fused", "steps"]
 
 

@@ -17,7 +17,7 @@ from triton.runtime.driver import driver
 
 import svdkern
 from svdkern import SVDLinear
-from svdkern.backends import dispatch
+from svdkern.backends import dispatch, triton_gram
 
 
 def model(**options: Any) -> nn.Sequential:
@@ -72,6 +72,17 @@ def test_a_step_after_warmup_launches_nothing_new(by_triton: list[str], rows: in
             y.sum().backward()
     assert by_triton and set(by_triton) <= compiled
     assert ("backward" in names(by_triton)) == (how != "no_grad")
+
+
+def test_a_penalty_after_warmup_launches_nothing_new(by_triton: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_gram, "is_asked_for", lambda factor: True)  # it asks for a tensor on a GPU
+    net = model(method="sorsa")
+    svdkern.warmup(net, [40])
+    compiled = set(by_triton)
+    by_triton.clear()
+    svdkern.regularization(net)
+    assert names(by_triton) == ["gram"] * 4
+    assert set(by_triton) <= compiled
 
 
 def test_what_warmup_was_not_told_of_is_new(by_triton: list[str]) -> None:

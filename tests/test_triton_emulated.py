@@ -42,7 +42,16 @@ FACTORS = {
     "wanted": list(MASKS),
     "layout": ["plain", "strided x", "transposed factors", "3-d"],
     "super-groups": ["wide", "narrow"],
-    "mode": ["late", "race", "adversarial 0", "adversarial 1", "adversarial 2", "adversarial 3", "adversarial 4"],
+    "mode": [
+        "late",
+        "race",
+        "adversarial 0",
+        "adversarial 1",
+        "adversarial 2",
+        "adversarial 3",
+        "adversarial 4",
+        "adversarial 5",
+    ],
 }
 
 

@@ -39,7 +39,7 @@ def core_ranks(dtype: torch.dtype) -> int:
 def training(arch: int, dtype: torch.dtype, R: int, core: bool, rows: int, out: int, processors: int) -> Config:
     """Of the persistent kernels, for an output (rows, out) on so many processors."""
     if dtype == torch.float32:
-        return Config(32, 64, 32, min(R, 32), 16, 64, 16, 4, 2)
+        return Config(32, 64, 32, min(R, 32), 16, 64, 32, 4, 2)
     if core and R > 64:
         return Config(64, 128, 64, R, 16, 64, 32, 8, 3)
     if -(-rows // 128) * -(-out // 128) < processors:  # too few large tiles to keep every processor busy
@@ -47,7 +47,7 @@ def training(arch: int, dtype: torch.dtype, R: int, core: bool, rows: int, out: 
     if arch < 90:
         return Config(128, 128, 64, min(R, 64), 8, 128, 64, 8, 3)
     if arch == 90 and (R <= 32 or not core):
-        return Config(128, 256, 64, min(R, 32), 8, 64, 64, 8, 3)
+        return Config(128, 256, 64, min(R, 32), 8, 64, 32, 8, 3)
     return Config(128, 128, 64, min(R, 64), 8, 64, 64 if arch == 90 else 32, 8, 3)
 
 
@@ -87,7 +87,7 @@ def candidates(family: str, arch: int, dtype: torch.dtype, R: int) -> list[Confi
         sizes += [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3)]
         BD = 32 if arch >= 100 else 64
         found = [
-            Config(BM, BN, BK, min(RT, 32) if BN == 256 else RT, 8, 64, BD, warps, stages)
+            Config(BM, BN, BK, min(RT, 32) if BN == 256 else RT, 8, 64, 32 if BN == 256 else BD, warps, stages)
             for BM, BN, BK, warps, stages in sizes
             if BN < 256 or arch >= 90  # sums of 128 x 256 in the registers of 8 warps: with wgmma alone
         ]

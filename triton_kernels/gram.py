@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import launching
 from .pack import padded
-from .reduce import Sum, reduce
+from .reduce import reduce
 from .tiles import fence_async_proxy
 
 PROGRAMS = 256
@@ -94,5 +94,5 @@ def gram(factor: Tensor) -> Tensor:
     if parts == 1:
         return partial.view(r, r)
     out = torch.empty(r, r, dtype=torch.float32, device=device)
-    reduce([Sum(partial, out, r, r, *out.stride())])
+    reduce(partial, out)
     return out

@@ -28,7 +28,7 @@ def product(
     rng_state, threshold, BK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ONE_STAGE: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
-    """acc + (D * a)[rows, first : K] b[first : K, columns] without D's factor. Offsets are 64-bit: M K may pass 2^31."""
+    """acc + (D * a)[rows, first : K] b[first : K, columns] without D's factor; b is cast to a's dtype. M K may pass 2^31."""
     depth = tl.arange(0, BK)
     a_at = a + rows[:, None].to(tl.int64) * stride_a + (first + depth)[None, :]
     b_at = b + (first + depth)[:, None].to(tl.int64) * stride_bk + columns[None, :].to(tl.int64) * stride_bn
@@ -36,7 +36,7 @@ def product(
     for start in tl.range(first, K, BK, num_stages=STAGES):
         inside = depth < K - start
         left = tl.load(a_at, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
-        right = tl.load(b_at, mask=inside[:, None] & (columns < N)[None, :], other=0.0)
+        right = tl.load(b_at, mask=inside[:, None] & (columns < N)[None, :], other=0.0).to(left.dtype)
         if DROPOUT:
             left = tl.where(keep(rows, start, rng_state, threshold, BK), left, 0.0)
         if FENCE:

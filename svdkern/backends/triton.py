@@ -1,8 +1,8 @@
 """The Triton backend: NVIDIA GPUs of compute capability 8.0 and later.
 
     more than 16 rows           forward: pack, then one persistent launch
-    up to 16 rows, or no W      forward: pack, shrink, linear (W is read once)
-    backward                    pack, one persistent launch, one reduction
+    up to 16 rows, or no W      forward: shrink, linear (W is read once)
+    backward                    pack, one persistent launch
 
 Layer: like ``cpu``; the kernels are in ``triton_kernels``. It takes float32, bfloat16 and float16 activations, r up to 512,
 and any strides (an x or dy whose rows are not contiguous is copied). A weight of another dtype than x's is cast at every call.
@@ -101,13 +101,12 @@ class TritonBackend(EagerBackend):
         y = a.new_empty(rows, out)
         shape = Shape(rows, a.shape[1], out, R)
         if rows <= configs.DECODE_M or weight is None:
-            columns, factor = pack.pack(u, False, v, True, a.dtype)
             config = self.tiles("decode", a.device, a.dtype, core is not None, shape)
             splits = max(1, a.shape[1] // (4 * config.BK)) if rows <= configs.DECODE_M else 1
             partial = shrink.shrink(
-                a, columns, r, rng_state, threshold, keep_scale(threshold), precision, min(16, splits), config
+                a, u, rng_state, threshold, keep_scale(threshold), precision, min(16, splits), config
             )
-            linear.linear(a, weight, partial, factor, r, sigma, core, g, scale, bias, y, h, config, precision)
+            linear.linear(a, weight, partial, v, sigma, core, g, scale, bias, y, h, config, precision)
             return as_shaped(y, x), h
         arch, processors = launching.architecture(a.device), launching.processors(a.device)
         config = self.tiles("forward", a.device, a.dtype, core is not None, shape)
@@ -156,7 +155,7 @@ class TritonBackend(EagerBackend):
             R = pack.padded(r)
             arch, processors = launching.architecture(b.device), launching.processors(b.device)
             config = self.tiles("backward", b.device, b.dtype, core is not None, Shape(rows, u.shape[0], v.shape[0], R))
-            control = backward.control(b, config)
+            control = backward.control(b, u.shape[0], R, config)
             factor, columns = pack.pack(u, True, v, False, b.dtype, control)
             backward.backward(
                 b, a if want.u else None, base, factor, columns, None if h is None else cast(h, torch.float32).contiguous(),
@@ -190,13 +189,16 @@ class TritonBackend(EagerBackend):
 def _outputs(
     want: Gradients, dy: Tensor, u: Tensor, sigma: Tensor | None, v: Tensor, scale: Tensor, core: Tensor | None
 ) -> dict[str, Tensor]:
-    """Where the kernels write: factors' gradients in their dtype and layout, a gate's row by row."""
+    """Where the kernels write: in the operands' dtypes, dU and dV in their layout too, a gate's gradient row by row."""
     device, (rows, r) = dy.device, (dy.shape[0], u.shape[1])
     outs = {}
-    for name, like in (("u", u), ("v", v), ("sigma", sigma), ("core", core)):
+    for name, like in (("u", u), ("v", v)):
         if getattr(want, name):
-            assert like is not None
             outs[name] = torch.empty_like(like)
+    for name, small in (("sigma", sigma), ("core", core)):
+        if getattr(want, name):
+            assert small is not None
+            outs[name] = small.new_empty(small.shape)
     if want.x:
         outs["x"] = dy.new_empty(rows, u.shape[0])
     if want.bias:

@@ -17,7 +17,7 @@ from ptx_emulator.compile import Compiled, versions
 from ptx_emulator.errors import PtxError
 
 pytestmark = pytest.mark.emulator
-SEEDS = 5  # one of each adversary
+SEEDS = 6  # one of each adversary
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,25 @@ def test_a_seed_repeats_itself() -> None:
     assert len({tuple(o) for o in orders}) == 10
 
 
+TICKET = "setp.eq.u32 %p3, %lane, 0; @%p3 atom.global.add.u32 %r1, [%d1], 1; shfl.sync.idx.b32 %r1, %r1, 0, 31, -1;"
+
+
+def test_who_has_drawn_a_ticket_may_be_late() -> None:
+    """Ticket t takes what ticket t - 1 wrote, and does not wait for it: it is there unless the other is kept from its work."""
+    body = TICKET + """
+        mov.u32 %r2, 0; mad.wide.u32 %d5, %r1, 4, %d0; setp.eq.u32 %p1, %r1, 0; @%p1 bra READY;
+        ld.acquire.gpu.global.u32 %r2, [%d5+-4];
+        READY: add.u32 %r3, %r2, 1; st.release.gpu.global.u32 [%d5], %r3;
+    """  # fmt: skip
+    stall = ADVERSARIES.index("stall")
+    late = 0
+    for seed in range(stall, 10 * len(ADVERSARIES), len(ADVERSARIES)):
+        out, counter = np.zeros(4, np.uint32), np.zeros(1, np.uint32)
+        run(body, out, counter, grid=(4,), mode="adversarial", seed=seed)
+        late += out.tolist() != [1, 2, 3, 4]
+    assert late >= 5
+
+
 # -------------------------------------------------------------------------------------------------------- resident CTAs
 
 CHAIN = """
@@ -232,13 +251,10 @@ def test_all_ctas_run_whatever_fits(resident: int) -> None:
 
 def test_waiting_for_a_cta_that_has_no_place() -> None:
     """Each CTA waits for the one before it. In the grid's own order that may hang, with tickets it may not."""
-    tickets = """
-    setp.eq.u32 %p3, %lane, 0; @%p3 atom.global.add.u32 %r1, [%d1], 1; shfl.sync.idx.b32 %r1, %r1, 0, 31, -1;
-    """
     hung = 0
     for seed in range(5):
         flags, counter = np.zeros(4, np.uint32), np.zeros(1, np.uint32)
-        run(CHAIN.format(order=tickets), flags, counter, grid=(4,), resident=1, mode="adversarial", seed=seed)
+        run(CHAIN.format(order=TICKET), flags, counter, grid=(4,), resident=1, mode="adversarial", seed=seed)
         assert flags.tolist() == [1, 2, 3, 4]
         try:
             run(

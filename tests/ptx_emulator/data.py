@@ -256,6 +256,8 @@ def _atomic(machine: Machine, ins: Instruction):
         if "acquire" in ins.parts or "acq_rel" in ins.parts:
             _acquire(machine, ins, np.unique(warps))
         _show(machine, warps)
+        for slot in np.unique(machine.slot_of[warps]):
+            machine.schedule.drew(int(slot))
         write(machine.spread(old, rows, mask), rows, mask)
 
     return run

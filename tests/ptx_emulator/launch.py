@@ -25,7 +25,7 @@ from .schedule import Schedule
 from .statistics import Statistics
 
 MODES = ("convergent", "late", "adversarial", "race")
-ADVERSARIES = ("warp", "cta", "starve_cta", "priority", "starve_warp")
+ADVERSARIES = ("warp", "cta", "starve_cta", "priority", "starve_warp", "stall")
 ASYNC_PROXY = ("wgmma", "cp.async.bulk")
 
 Argument = torch.Tensor | TensorMap | int | float | bytes
@@ -72,6 +72,8 @@ def run_ptx(
         raise PtxError(f"a grid of {tuple(grid)}: launches nothing, and CUDA refuses it")
     if mode == "adversarial" and resident is None:
         resident = 1 + int(schedule.rng.integers(min(count, 4)))
+        if adversary == "stall":  # somebody must be there to go on
+            resident = max(resident, min(count, 2))
     block, maps = pack(kernel, arguments)
     machine = Machine(
         kernel, (*grid, *(1,) * (3 - len(grid))), threads, block, memory, shared, schedule, resident, budget

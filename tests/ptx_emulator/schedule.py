@@ -2,8 +2,8 @@
 
 *Convergent*: all warps that stand at one instruction run as one numpy operation; warps that jumped back last wait for
 the others, so that nobody spins alone. *Adversarial*: few warps at a time, drawn by the seed, preempted in between, and
-unfair: one CTA (or warp) may be starved until nothing else can run, and a CTA that released a flag is held while the
-others look. Programs that are right give the same bits under all of them.
+unfair: one CTA (or warp) may be starved until nothing else can run, one that has drawn a ticket may be held for long, and one
+that released a flag is held while the others look. Programs that are right give the same bits under all of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 PREEMPTED = ("ld", "st", "atom", "red", "cp", "mbarrier", "wgmma", "fence")  # an adversary may switch after these
 PATIENCE, RELIEF = 3000, 200  # turns for which a starved warp waits though the others only spin, and may run then
+STALLS = 0.3  # of those who draw from a counter, how many are held for as long
 WINDOW = 300  # turns for which the CTA that released a flag is held
 
 
 class Schedule:
-    """`adversarial`: "" or one of "warp", "cta", "starve_cta", "starve_warp", "priority"."""
+    """`adversarial`: "" or one of "warp", "cta", "starve_cta", "starve_warp", "priority", "stall"."""
 
     def __init__(self, seed: int = 0, adversarial: str = ""):
         self.seed, self.adversarial = seed, adversarial
@@ -29,6 +30,7 @@ class Schedule:
         self.turns = 0
         self.jumped: np.ndarray | None = None
         self.held: tuple[int, int] | None = None  # slot, until which turn
+        self.stalled: tuple[int, int] | None = None
         self.victim: int | None = None
 
     def order(self, ctas: int) -> np.ndarray:
@@ -59,12 +61,8 @@ class Schedule:
         return _as_rows(candidates[(machine.slot_of[candidates] == slot) & (machine.pc[candidates] == pc)]), pc
 
     def _unfair(self, machine: Machine, ready: np.ndarray) -> np.ndarray:
-        if self.held is not None:
-            others = ready & (machine.slot_of != self.held[0])
-            if self.turns < self.held[1] and others.any():
-                ready = others
-            else:
-                self.held = None
+        ready, self.held = self._without(machine, ready, self.held)
+        ready, self.stalled = self._without(machine, ready, self.stalled)
         if self.adversarial.startswith("starve"):
             whose = machine.slot_of if self.adversarial == "starve_cta" else np.arange(machine.warps)
             if self.victim is None:
@@ -73,6 +71,15 @@ class Schedule:
             if others.any() and self.turns % (PATIENCE + RELIEF) < PATIENCE:
                 ready = others
         return ready
+
+    def _without(
+        self, machine: Machine, ready: np.ndarray, who: tuple[int, int] | None
+    ) -> tuple[np.ndarray, tuple[int, int] | None]:
+        """The others, while there are any and until that turn."""
+        if who is None or self.turns >= who[1]:
+            return ready, None
+        others = ready & (machine.slot_of != who[0])
+        return (others, who) if others.any() else (ready, None)
 
     def preempt(self, step: Step) -> bool:
         if not self.adversarial or step.instruction.parts[0] not in PREEMPTED:
@@ -88,6 +95,11 @@ class Schedule:
         """A CTA published a flag: the others get the time to look at what it guards."""
         if self.adversarial:
             self.held = (slot, self.turns + WINDOW)
+
+    def drew(self, slot: int) -> None:
+        """A CTA changed what all count by: the work that it took may be late, and others go on without it."""
+        if self.adversarial == "stall" and self.stalled is None and self.rng.random() < STALLS:
+            self.stalled = (slot, self.turns + PATIENCE)
 
 
 def _as_rows(warps: np.ndarray) -> Rows:
