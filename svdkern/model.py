@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from svdkern.frozen import use_kernels
-from svdkern.initialisation import check_linear, initial_factors, rehearse, scale_of
+from svdkern.initialisation import check_linear, initial_start, rehearse, scale_of
 from svdkern.methods import Method, method_named
 from svdkern.nn import SVDLinear
 from svdkern.report import AdaptReport, report_on
@@ -133,7 +133,8 @@ class Replacement:
     def order(self) -> tuple[bool, int]:
         """Those that take memory of their own are last in it, the largest at the end."""
         residual = self.layer.residual
-        return self.layer.config.changes_residual, residual.numel() * residual.element_size()
+        size = 0 if residual is None else residual.numel() * residual.element_size()
+        return self.layer.config.changes_residual, size
 
 
 def _prepare(
@@ -142,9 +143,9 @@ def _prepare(
     linear = target.module
     assert isinstance(linear, nn.Linear)
     with _naming(target):
-        factors = initial_factors(linear, rank, config, scale, adapter_dtype)
-        hashes = rehearse(linear, config, factors, scale)
-    return Replacement(target, SVDLinear.before_cut(linear, config, factors, scale, dropout_p), hashes)
+        start = initial_start(linear, rank, config, scale, adapter_dtype)
+        hashes = rehearse(linear, config, start.cut)
+    return Replacement(target, SVDLinear.before_cut(linear, config, start, scale, dropout_p), hashes)
 
 
 def replace(model: nn.Module, prepared: list[Replacement]) -> None:
@@ -183,9 +184,9 @@ def _put_in_place(prepared: list[Replacement]) -> None:
 
 def _freeze(model: nn.Module, frozen: list[nn.Parameter]) -> None:
     """Freeze all parameters but the factors of adapted layers; ``frozen`` gets those that were not frozen before."""
-    factors = {id(p) for _, layer in adapted_layers(model) for p in (layer.u, layer.sigma, layer.core, layer.v)}
+    trained = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter().values()}
     for parameter in model.parameters():
-        if id(parameter) not in factors and parameter.requires_grad:
+        if id(parameter) not in trained and parameter.requires_grad:
             frozen.append(parameter)
             parameter.requires_grad_(False)
 

@@ -7,14 +7,36 @@ from __future__ import annotations
 
 import difflib
 
+from svdkern.methods.kasa import KaSA
 from svdkern.methods.lora import LoRA
-from svdkern.methods.method import Factors, Method
+from svdkern.methods.lora_xs import LoRAXS
+from svdkern.methods.method import Cut, Factors, Method, Start
+from svdkern.methods.milora import MiLoRA
 from svdkern.methods.pissa import PiSSA
+from svdkern.methods.soma import SoMA
 from svdkern.methods.sorsa import SORSA
+from svdkern.methods.svfit import SVFit
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, PiSSA, SORSA)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (LoRA, PiSSA, SORSA, KaSA, SVFit, SoMA, MiLoRA, LoRAXS)
+}
 
-__all__ = ["METHODS", "Factors", "LoRA", "Method", "PiSSA", "SORSA", "method_named"]
+__all__ = [
+    "METHODS",
+    "Cut",
+    "Factors",
+    "KaSA",
+    "LoRA",
+    "LoRAXS",
+    "Method",
+    "MiLoRA",
+    "PiSSA",
+    "SORSA",
+    "SVFit",
+    "SoMA",
+    "Start",
+    "method_named",
+]
 
 
 def method_named(method: str | Method) -> Method:
