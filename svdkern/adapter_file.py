@@ -26,6 +26,7 @@ CONFIG = "adapter_config.json"
 INITIAL = ("u0", "sigma0", "v0")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_INTEGERS = {"int64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Row:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of the method, by attribute; -1 where it may be anything."""
-        return self.method.shapes(self.in_features, self.out_features, self.rank)
+        """Shape of every tensor of the method that is saved, by attribute; -1 where it may be anything."""
+        shapes = self.method.shapes(self.in_features, self.out_features, self.rank)
+        return {name: shape for name, shape in shapes.items() if name not in self.method.derived}
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ def _row(name: str, row: Any) -> Row:
         key: _dtype(_typed(row, key, str, where), f"{where}: {key}") for key in ("base_dtype", "residual_dtype")
     }
     dtypes = {
-        key: _dtype(value, f"{where}: dtypes[{key!r}]") for key, value in _typed(row, "dtypes", dict, where).items()
+        key: _dtype(value, f"{where}: dtypes[{key!r}]", _DTYPES | _INTEGERS)
+        for key, value in _typed(row, "dtypes", dict, where).items()
     }
     method = _method(row, where)
     counts = {key: _typed(row, key, int, where) for key in ("rank", "in_features", "out_features")}
@@ -195,10 +198,10 @@ def _row(name: str, row: Any) -> Row:
     )
 
 
-def _dtype(name: Any, where: str) -> torch.dtype:
-    if not isinstance(name, str) or name not in _DTYPES:
-        raise ValueError(f"{where} is {name!r}, expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+def _dtype(name: Any, where: str, known: dict[str, torch.dtype] = _DTYPES) -> torch.dtype:
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{where} is {name!r}, expected one of {', '.join(known)}")
+    return known[name]
 
 
 def _method(row: dict[str, Any], where: str) -> Method:

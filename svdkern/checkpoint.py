@@ -42,6 +42,7 @@ from svdkern.fingerprint import sha256
 from svdkern.frozen import use_kernels
 from svdkern.initialisation import check_linear
 from svdkern.methods import Cut, Factors, Start
+from svdkern.methods.method import sharing
 from svdkern.model import Replacement, adapted_layers, replace, signals_held_back, with_progress
 from svdkern.nn import SVDLinear
 from svdkern.report import AdaptReport, report_on
@@ -147,7 +148,8 @@ def load_adapter(
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from error
 
-    prepared = [_replacement(target, file) for target in targets]
+    with sharing():
+        prepared = [_replacement(target, file) for target in targets]
     _tie_factors({item.target.name: item.layer for item in prepared}, file)
     refreshed = {name: layer for name in adapted if isinstance(layer := modules[name], SVDLinear)}
     if prepared:
@@ -178,7 +180,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _tensors(layer: SVDLinear) -> dict[str, Tensor]:
     """What is saved of a layer, by attribute."""
     cut = {name: tensor for name in INITIAL if (tensor := getattr(layer, name)) is not None}
-    return layer.adapter() | cut
+    return {name: tensor for name, tensor in layer.adapter().items() if name not in layer.config.derived} | cut
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -308,12 +310,16 @@ def _verify_base(target: Target, row: Row, modules: dict[str, nn.Module], file: 
 def _replacement(target: Target, file: AdapterFile) -> Replacement:
     linear, row = target.module, file.rows[target.name]
     assert isinstance(linear, nn.Linear)
-    made = {name: file.tensor(target.name, name, linear.weight.device) for name in row.shapes}
+    device = linear.weight.device
+    made = {name: file.tensor(target.name, name, device) for name in row.shapes}
+    if row.method.derived:
+        dtype = row.dtypes[row.method.trains[0]]
+        made.update(row.method.derive(row.in_features, row.out_features, row.rank, dtype, device))
     u, v = made.pop("u"), made.pop("v")
     assert u is not None and v is not None
     sigma, core = made.pop("sigma", None), made.pop("core", None)
     factors = Factors(u, sigma, core, v, {name: tensor for name, tensor in made.items() if tensor is not None})
-    start = Start(factors, _cut(file, target.name, linear.weight.device, factors))
+    start = Start(factors, _cut(file, target.name, device, factors))
     layer = SVDLinear.before_cut(linear, row.method, start, row.scale, row.dropout_p)
     hashes = bytes.fromhex(row.base_sha256), bytes.fromhex(row.residual_sha256)
     return Replacement(target, layer, hashes, row.residual_dtype)
@@ -359,7 +365,8 @@ def _described(tensor: Tensor | None) -> str:
 
 @torch.no_grad()
 def _refresh(layer: SVDLinear, file: AdapterFile, name: str) -> None:
-    for attribute, tensor in layer.adapter().items():
+    for attribute in file.rows[name].shapes:
+        tensor = getattr(layer, attribute)
         tensor.copy_(file.tensors[file.key(name, attribute)])
     layer.scale = file.rows[name].scale  # type: ignore[assignment]
     layer.dropout_p = file.rows[name].dropout_p

@@ -42,7 +42,7 @@ class Hooks:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model, self.optimizer = model, optimizer
         self.step = 0
-        """How many optimizer steps were made; ``state_dict`` has it."""
+        """Optimizer steps made in this round (since the start, where there are no rounds); ``state_dict`` has it."""
         if not self._groups():
             raise ValueError(f"this {type(model).__name__} has no adapted layer: call svdkern.adapt first")
 
@@ -63,6 +63,7 @@ class Hooks:
         """To be called after a round or a task, for methods that have them (FedSVD, SST, CoDyRA, OSF)."""
         for config, layers in self._groups().items():
             config.on_round_end(layers, self.optimizer)
+        self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps."""

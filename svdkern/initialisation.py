@@ -15,11 +15,11 @@ from svdkern.methods import Cut, Method, Start
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def scale_of(alpha: float | None, rank: int) -> float:
-    """s = alpha / rank as the layer stores it (a float32 value), 1 without alpha."""
+def scale_of(alpha: float | None, rank: int, config: Method) -> float:
+    """s = alpha / rank (or what the method divides by) as the layer stores it (a float32 value), 1 without alpha."""
     if alpha is None or rank == 0:
         return 1.0
-    return float(torch.tensor(alpha / rank, dtype=torch.float32, device="cpu"))
+    return float(torch.tensor(alpha / config.divisor(rank), dtype=torch.float32, device="cpu"))
 
 
 def initial_start(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from svdkern.frozen import use_kernels
 from svdkern.initialisation import check_linear, initial_start, rehearse, scale_of
 from svdkern.methods import Method, method_named
+from svdkern.methods.method import sharing
 from svdkern.nn import SVDLinear
 from svdkern.report import AdaptReport, report_on
 from svdkern.targets import ALL_LINEAR, Patterns, Target, find_targets
@@ -98,18 +99,18 @@ def adapt(
             The message names the layer; the model is unchanged.
     """
     config = method_named(method)
-    rank = config.published_rank if rank is None else rank
     targets = find_targets(model, target_modules, exclude_modules)
     for target in targets:
         if isinstance(target.module, SVDLinear):
             raise TypeError(f"{target.name} is adapted already ({target.module.method}, rank {target.module.rank})")
         with _naming(target):
-            check_linear(target.module, rank, config, scale_of(alpha, rank), dropout_p, adapter_dtype)
-    scale = scale_of(alpha, rank)
-    prepared = [
-        _prepare(target, rank, config, scale, dropout_p, adapter_dtype)
-        for target in with_progress(targets, f"{config.name} factors", progress)
-    ]
+            r = _rank(target, rank, config)
+            check_linear(target.module, r, config, scale_of(alpha, r, config), dropout_p, adapter_dtype)
+    with sharing():
+        prepared = [
+            _prepare(target, _rank(target, rank, config), config, alpha, dropout_p, adapter_dtype)
+            for target in with_progress(targets, f"{config.name} factors", progress)
+        ]
     made = {id(item.layer) for item in prepared}
     del targets, target  # they would keep every old weight alive
     with signals_held_back():
@@ -137,11 +138,18 @@ class Replacement:
         return self.layer.config.changes_residual, size
 
 
+def _rank(target: Target, rank: int | None, config: Method) -> int:
+    if rank is not None or not isinstance(target.module, nn.Linear):
+        return config.published_rank if rank is None else rank
+    return config.default_rank(target.module.in_features, target.module.out_features)
+
+
 def _prepare(
-    target: Target, rank: int, config: Method, scale: float, dropout_p: float, adapter_dtype: torch.dtype
+    target: Target, rank: int, config: Method, alpha: float | None, dropout_p: float, adapter_dtype: torch.dtype
 ) -> Replacement:
     linear = target.module
     assert isinstance(linear, nn.Linear)
+    scale = scale_of(alpha, rank, config)
     with _naming(target):
         start = initial_start(linear, rank, config, scale, adapter_dtype)
         hashes = rehearse(linear, config, start.cut)

@@ -96,7 +96,8 @@ class SVDLinear(nn.Module):
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        config, scale = method_named(method), scale_of(alpha, rank)
+        config = method_named(method)
+        scale = scale_of(alpha, rank, config)
         if rank != 0:
             check_linear(linear, rank, config, scale, dropout_p, adapter_dtype)
         self._fill(linear, config, initial_start(linear, rank, config, scale, adapter_dtype), scale, dropout_p)
@@ -132,7 +133,8 @@ class SVDLinear(nn.Module):
             TypeError: not a plain ``nn.Linear``, or a weight that is not a plain floating-point tensor.
             ValueError: rank out of range, a weight with NaN or infinity, an unknown method, a bad alpha or dropout_p.
         """
-        config, scale = method_named(method), scale_of(alpha, rank)
+        config = method_named(method)
+        scale = scale_of(alpha, rank, config)
         check_linear(linear, rank, config, scale, dropout_p, adapter_dtype)
         start = initial_start(linear, rank, config, scale, adapter_dtype, statistic)
         layer = cls.before_cut(linear, config, start, scale, dropout_p)
@@ -178,7 +180,10 @@ class SVDLinear(nn.Module):
         self.register_parameter("residual", nn.Parameter(weight, requires_grad=False) if config.has_residual else None)
         for name, tensor in start.factors.tensors().items():
             self.register_parameter(
-                name, None if tensor is None else nn.Parameter(tensor, requires_grad=name in config.trains)
+                name,
+                tensor  # one that layers share stays shared
+                if tensor is None or isinstance(tensor, nn.Parameter)
+                else nn.Parameter(tensor, requires_grad=name in config.trains),
             )
         self.register_parameter(
             "bias", None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)

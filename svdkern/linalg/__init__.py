@@ -8,6 +8,7 @@ from svdkern.linalg.factors import factors
 from svdkern.linalg.lowrank import randomized_svd, svd_lowrank
 from svdkern.linalg.merged import merged_weight
 from svdkern.linalg.orthogonality import orth_penalty
+from svdkern.linalg.projection import project_onto_, project_out_, soft_threshold_
 from svdkern.linalg.residual import exact_residual
 from svdkern.linalg.topk import SVDInfo, TopkSVD, topk_svd
 
@@ -18,7 +19,10 @@ __all__ = [
     "factors",
     "merged_weight",
     "orth_penalty",
+    "project_onto_",
+    "project_out_",
     "randomized_svd",
+    "soft_threshold_",
     "svd_lowrank",
     "topk_svd",
 ]

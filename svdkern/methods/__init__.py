@@ -7,31 +7,50 @@ from __future__ import annotations
 
 import difflib
 
+from svdkern.methods.codyra import CoDyRA
+from svdkern.methods.diffora import DiffoRA
+from svdkern.methods.fedsvd import FedSVD
 from svdkern.methods.kasa import KaSA
 from svdkern.methods.lora import LoRA
 from svdkern.methods.lora_xs import LoRAXS
 from svdkern.methods.method import Cut, Factors, Method, Start
 from svdkern.methods.milora import MiLoRA
+from svdkern.methods.osf import OSF
 from svdkern.methods.pissa import PiSSA
+from svdkern.methods.randlora import RandLoRA
+from svdkern.methods.salt import SALT
+from svdkern.methods.smora import SMoRA
 from svdkern.methods.soma import SoMA
 from svdkern.methods.sorsa import SORSA
+from svdkern.methods.sst import SST
 from svdkern.methods.svfit import SVFit
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (LoRA, PiSSA, SORSA, KaSA, SVFit, SoMA, MiLoRA, LoRAXS)
-}
+    method.name: method
+    for method in (
+        LoRA, PiSSA, SORSA, KaSA, SVFit, SALT, SoMA, MiLoRA, LoRAXS, SST, FedSVD, RandLoRA, CoDyRA, SMoRA, DiffoRA, OSF,
+    )
+}  # fmt: skip
 
 __all__ = [
-    "METHODS",
+    "CoDyRA",
     "Cut",
+    "DiffoRA",
     "Factors",
+    "FedSVD",
     "KaSA",
     "LoRA",
     "LoRAXS",
+    "METHODS",
     "Method",
     "MiLoRA",
+    "OSF",
     "PiSSA",
+    "RandLoRA",
+    "SALT",
+    "SMoRA",
     "SORSA",
+    "SST",
     "SVFit",
     "SoMA",
     "Start",

@@ -6,12 +6,14 @@ Layer: above ``linalg``, below ``nn``. A method never walks a model; what it nee
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdkern.linalg import exact_residual
 
@@ -103,6 +105,10 @@ class Method:
     """Whether ``product`` or ``gate`` is more than the parameters as they are."""
     merges: ClassVar[bool] = True
     """False where the branch depends on the input, so that no weight is equal to it."""
+    integers: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors that are int64 (indices)."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Names of frozen tensors that ``derive`` makes again, so that they are not saved."""
     needs: ClassVar[str | None] = None
     """The statistic of data that the start depends on (``svdkern.calibration``)."""
 
@@ -129,6 +135,14 @@ class Method:
         if not 1 <= rank <= largest:
             shape = f"in_features {in_features}, out_features {out_features}"
             raise ValueError(f"rank is {rank}, expected 1 <= rank <= {largest} ({shape})")
+
+    def default_rank(self, in_features: int, out_features: int) -> int:
+        """The rank that is published for a layer of this shape."""
+        return self.published_rank
+
+    def divisor(self, rank: int) -> int:
+        """What alpha is divided by to give the scale s."""
+        return rank
 
     # ------------------------------------------------------------------------------------------------ the start
 
@@ -166,6 +180,12 @@ class Method:
         shapes: dict[str, tuple[int, ...]] = {"u": (in_features, rank), "v": (out_features, rank)}
         return {**shapes, "sigma": (rank,)} if self.has_sigma else shapes
 
+    def derive(
+        self, in_features: int, out_features: int, rank: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """The tensors named in ``derived``, the same bits everywhere."""
+        return {}
+
     def cut_rank(self, in_features: int, out_features: int, rank: int) -> int:
         """Rank of the cut."""
         return rank
@@ -178,7 +198,9 @@ class Method:
         """An uninitialised start of the right shapes, on weight's device."""
         n, k = weight.shape
         made = {
-            name: weight.new_empty([max(0, size) for size in shape], dtype=dtype)
+            name: weight.new_empty(
+                [max(0, size) for size in shape], dtype=torch.int64 if name in self.integers else dtype
+            )
             for name, shape in self.shapes(k, n, rank).items()
         }
         factors = Factors(made.pop("u"), made.pop("sigma", None), made.pop("core", None), made.pop("v"), made)
@@ -237,6 +259,36 @@ class Method:
 
     def on_round_end(self, layers: Sequence[Layer], optimizer: torch.optim.Optimizer | None) -> None:
         """After a round of the method (a federated round, a task): changes parameters in place."""
+
+
+_shared: ContextVar[dict[Any, nn.Parameter] | None] = ContextVar("svdkern_shared", default=None)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Layers that are made within it hold one ``shared`` parameter for one key: those of a model do, those of two never."""
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def shared(key: Any, make: Callable[[], Tensor]) -> nn.Parameter:
+    """A frozen parameter, made once for a key within ``sharing``."""
+    made = _shared.get()
+    if made is None:
+        return nn.Parameter(make(), requires_grad=False)
+    if key not in made:
+        made[key] = nn.Parameter(make(), requires_grad=False)
+    return made[key]
+
+
+def forget(optimizer: torch.optim.Optimizer | None, *tensors: Tensor) -> None:
+    """Let the optimizer start anew with these parameters."""
+    if optimizer is not None:
+        for tensor in tensors:
+            optimizer.state.pop(tensor, None)
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:

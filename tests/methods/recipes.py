@@ -8,11 +8,19 @@ import torch
 from torch import Tensor, nn
 
 import svdkern
-from svdkern.methods import METHODS, Method
+from svdkern.methods import METHODS, Method, SMoRA
 from svdkern.nn import SVDLinear
 
-RATES: dict[str, float] = {"lora-xs": 0.05}
+RATES: dict[str, float] = {"lora-xs": 0.05, "svfit": 0.05}
 """Learning rates of AdamW for the fixed batch, where 0.01 is too slow or too fast for what trains."""
+
+
+CONFIGURATIONS: dict[str, Method] = {"smora": SMoRA(active=2)}
+"""Where the published defaults need a larger layer than these."""
+
+
+def configured(method: str | Method) -> Method:
+    return CONFIGURATIONS.get(method) or METHODS[method]() if isinstance(method, str) else method
 
 
 class Net(nn.Module):
@@ -45,7 +53,9 @@ def adapted(method: str | Method, rank: int = 3, seed: int = 0, **arguments: Any
     model = net(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        svdkern.adapt(model, method, rank=rank, **arguments)
+        config = configured(method)
+        data = {"data": [batch()]} if config.needs and "data" not in arguments else {}
+        svdkern.adapt(model, config, rank=rank, **data, **arguments)
     return model
 
 
@@ -56,7 +66,7 @@ def layer_of(
     with torch.random.fork_rng():
         torch.manual_seed(100 * k + n)
         linear = nn.Linear(k, n)
-        return SVDLinear.from_linear(linear, rank, method, **arguments), linear.weight.detach().clone()
+        return SVDLinear.from_linear(linear, rank, configured(method), **arguments), linear.weight.detach().clone()
 
 
 def dense(layer: SVDLinear) -> Tensor:

@@ -11,11 +11,10 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recipes import ALL, adapted, batch, dense, layer_of, net, train
+from recipes import ALL, adapted, batch, configured, dense, layer_of, net, train
 from torch import nn
 
 import svdkern
-from svdkern.methods import METHODS
 from svdkern.nn import SVDLinear
 
 STARTS_ELSEWHERE = {"kasa", "lora-sb"}
@@ -27,7 +26,7 @@ MERGE_BOUND = 1e-5
 def test_trains_saves_loads_and_merges(method: str, tmp_path: Path) -> None:
     """A falling loss; the same bits after loading onto a fresh base; the merged output within 1e-5."""
     model = adapted(method)
-    config = METHODS[method]()
+    config = configured(method)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert {name.rpartition(".")[2] for name in before} == set(config.trains)
@@ -89,11 +88,16 @@ def test_adapting_and_training_repeat_to_the_bit(method: str) -> None:
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize(("k", "n"), [(7, 11), (8, 8), (11, 7)])
 def test_the_layer_is_the_equation_and_starts_where_it_should(method: str, k: int, n: int) -> None:
-    config = METHODS[method]()
+    config = configured(method)
     if config.needs is not None:
         pytest.skip("its start is tested with its data")
     for rank in (1, 3, 6):
-        layer, weight = layer_of(method, k, n, rank, alpha=2.0 * rank)
+        try:
+            config.check_rank(k, n, rank)
+        except ValueError:
+            continue
+        alpha = None if method == "sst" else 2.0 * config.divisor(rank)
+        layer, weight = layer_of(method, k, n, rank, alpha=alpha)
         x = torch.randn(5, k, dtype=torch.float32, generator=torch.Generator().manual_seed(3))
         if config.merges:
             effective = dense(layer)
@@ -114,13 +118,13 @@ def test_the_layer_is_the_equation_and_starts_where_it_should(method: str, k: in
 def test_counts_and_shapes(k: int, n: int, r: int) -> None:
     """The card's formula, ``trainable_parameters`` and a layer on the meta device agree for every method."""
     for method in ALL:
-        config = METHODS[method]()
+        config = configured(method)
         rank = min(r, k, n)
         try:
             config.check_rank(k, n, rank)
         except ValueError:
             continue
-        layer = SVDLinear(k, n, rank, method=method, device="meta")
+        layer = SVDLinear(k, n, rank, method=config, device="meta")
         trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         count = sum(p.numel() for p in trained.values())
         assert set(trained) == set(config.trains), method
@@ -146,7 +150,7 @@ def formula(expression: str, k: int, n: int, r: int) -> int:
 def test_a_meta_layer_takes_a_state_dict(method: str) -> None:
     model = adapted(method)
     source = model.up
-    empty = SVDLinear(12, 20, 3, method=method, device="meta").to_empty(device="cpu")
+    empty = SVDLinear(12, 20, 3, method=configured(method), device="meta").to_empty(device="cpu")
     empty.load_state_dict(source.state_dict())
     x = batch()["x"]
     empty.eval()
@@ -160,9 +164,9 @@ def test_a_bfloat16_model_with_float32_factors(method: str, tmp_path: Path) -> N
     data = batch(dtype=torch.bfloat16)
     model = net(dtype=torch.bfloat16)
     torch.manual_seed(0)
-    svdkern.adapt(model, method, rank=3, **({"data": [data]} if METHODS[method]().needs else {}))
+    svdkern.adapt(model, configured(method), rank=3, **({"data": [data]} if configured(method).needs else {}))
     layer = model.up
-    assert all(p.dtype == torch.float32 for name, p in layer.named_parameters() if name in METHODS[method].trains)
+    assert all(p.dtype == torch.float32 for name, p in layer.named_parameters() if p.requires_grad)
     losses = train(model, 20, data=data)
     assert losses[-1] < losses[0]
     model.eval()
@@ -177,7 +181,7 @@ def test_a_bfloat16_model_with_float32_factors(method: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("method", ALL)
 def test_configuration(method: str) -> None:
-    config = METHODS[method]()
+    config = configured(method)
     assert config.name == method and "arXiv" in config.citation and config.published_rank > 0
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.name = "other"  # type: ignore[misc]
