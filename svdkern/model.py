@@ -12,7 +12,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from svdkern.frozen import use_kernels
 from svdkern.initialisation import check_linear, initial_factors, rehearse, scale_of
 from svdkern.methods import Method, method_named
 from svdkern.nn import SVDLinear
+from svdkern.parallel import is_small, layer_by_layer
 from svdkern.report import AdaptReport, report_on
 from svdkern.targets import ALL_LINEAR, Patterns, Target, find_targets
 
 log = logging.getLogger("svdkern")
+Layer = TypeVar("Layer")
 
 _HOOKS = (
     "_forward_hooks",
@@ -106,10 +109,12 @@ def adapt(
         with _naming(target):
             check_linear(target.module, rank, config, scale_of(alpha, rank), dropout_p, adapter_dtype)
     scale = scale_of(alpha, rank)
-    prepared = [
-        _prepare(target, rank, config, scale, dropout_p, adapter_dtype)
-        for target in with_progress(targets, f"{config.name} factors", progress)
-    ]
+    prepared = layer_by_layer(
+        lambda target: _prepare(target, rank, config, scale, dropout_p, adapter_dtype),
+        targets,
+        partial(_beside_others, config),
+        lambda calls: with_progress(calls, f"{config.name} factors", progress),
+    )
     made = {id(item.layer) for item in prepared}
     del targets, target  # they would keep every old weight alive
     with signals_held_back():
@@ -134,6 +139,13 @@ class Replacement:
         """Those that take memory of their own are last in it, the largest at the end."""
         residual = self.layer.residual
         return self.layer.config.changes_residual, residual.numel() * residual.element_size()
+
+
+def _beside_others(config: Method, target: Target) -> bool:
+    """Whether the layer may be prepared while others are: on the CPU, small, without random numbers (whose order counts)."""
+    weight = target.module.weight
+    assert isinstance(weight, Tensor)
+    return weight.device.type == "cpu" and not config.draws and is_small(weight.shape)
 
 
 def _prepare(
@@ -264,9 +276,9 @@ def _naming(target: Target) -> Iterator[None]:
         raise type(error)(f"{target.name}: {error}") from error
 
 
-def with_progress(targets: list[Target], what: str, progress: bool | None) -> Iterable[Target]:
+def with_progress(layers: Iterable[Layer], what: str, progress: bool | None) -> Iterable[Layer]:
     quiet = not sys.stderr.isatty() if progress is None else not progress
-    return tqdm(targets, desc=what, unit="layer", disable=quiet, delay=1.0 if progress is None else 0.0)
+    return tqdm(layers, desc=what, unit="layer", disable=quiet, delay=1.0 if progress is None else 0.0)
 
 
 @contextmanager

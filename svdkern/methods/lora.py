@@ -28,6 +28,7 @@ class LoRA(Method):
     trains: ClassVar[tuple[str, ...]] = ("u", "v")
     has_sigma: ClassVar[bool] = False
     changes_residual: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
     def factors(self, weight: Tensor, rank: int, scale: float, dtype: torch.dtype) -> Factors:
         n, k = weight.shape

@@ -46,6 +46,8 @@ class Method:
     has_sigma: ClassVar[bool]
     changes_residual: ClassVar[bool]
     """Whether the initial product is cut out of the weight (else the residual is the weight itself)."""
+    draws: ClassVar[bool] = False
+    """Whether the initial factors are drawn from torch's generator: then layers are made in the model's order."""
 
     def check_scale(self, scale: float) -> None:
         """Refuse a scale s that the method cannot start from (ValueError)."""
