@@ -53,7 +53,7 @@ class SVDLinear(nn.Module):
         in_features, out_features: K and N.
         rank: r, 0 <= r <= min(K, N).
         bias: whether there is a bias.
-        method: a name ("lora", "pissa", "sorsa") or a configuration of ``svdkern.methods``.
+        method: a name or a configuration of ``svdkern.methods``.
         alpha: s = alpha / rank; None means s = 1.
         dropout_p: dropout on the adapter branch's input while training, in [0, 1].
         device, dtype: of residual and bias.

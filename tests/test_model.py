@@ -300,4 +300,4 @@ def test_modules_used_by_name_exist() -> None:
     """The hooks and functions that tests and the code reach into."""
     linear = nn.Linear(2, 2)
     assert all(name in vars(linear) for name in model_module._HOOKS)
-    assert svdkern.initialisation.scale_of(3, 9) == torch.tensor(1 / 3, dtype=torch.float32).item()
+    assert svdkern.initialisation.scale_of(3, 9, METHODS["lora"]()) == torch.tensor(1 / 3, dtype=torch.float32).item()

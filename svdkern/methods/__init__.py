@@ -8,10 +8,13 @@ from __future__ import annotations
 import difflib
 
 from svdkern.methods.codyra import CoDyRA
+from svdkern.methods.corda import CorDA
 from svdkern.methods.diffora import DiffoRA
 from svdkern.methods.fedsvd import FedSVD
+from svdkern.methods.fila import FILA
 from svdkern.methods.kasa import KaSA
 from svdkern.methods.lora import LoRA
+from svdkern.methods.lora_sb import LoRASB
 from svdkern.methods.lora_xs import LoRAXS
 from svdkern.methods.method import Cut, Factors, Method, Start
 from svdkern.methods.milora import MiLoRA
@@ -28,18 +31,22 @@ from svdkern.methods.svfit import SVFit
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        LoRA, PiSSA, SORSA, KaSA, SVFit, SALT, SoMA, MiLoRA, LoRAXS, SST, FedSVD, RandLoRA, CoDyRA, SMoRA, DiffoRA, OSF,
+        LoRA, PiSSA, SORSA, KaSA, SVFit, SALT, SoMA, MiLoRA, CorDA, LoRAXS, LoRASB, SST, FedSVD, RandLoRA, CoDyRA, SMoRA, DiffoRA,
+        FILA, OSF,
     )
 }  # fmt: skip
 
 __all__ = [
     "CoDyRA",
+    "CorDA",
     "Cut",
     "DiffoRA",
+    "FILA",
     "Factors",
     "FedSVD",
     "KaSA",
     "LoRA",
+    "LoRASB",
     "LoRAXS",
     "METHODS",
     "Method",

@@ -57,6 +57,7 @@ class CoDyRA(Method):
     )
     published_rank: ClassVar[int] = 16
     trains: ClassVar[tuple[str, ...]] = ("u", "sigma", "v")
+    draws: ClassVar[bool] = True
     has_sigma: ClassVar[bool] = True
     composes: ClassVar[bool] = True
 

@@ -14,18 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from svdkern import linalg
 from svdkern.methods.lora import LoRA
 from svdkern.methods.method import Card, Layer, forget
-
-
-def refactored(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, V) with U orthonormal and the same product ``v u^T``; computed in float64, in the dtypes of u and v."""
-    q_u, r_u = torch.linalg.qr(u.double())
-    q_v, r_v = torch.linalg.qr(v.double())
-    p, s, qh = torch.linalg.svd(r_v @ r_u.t())
-    return (q_u @ qh.t()).to(u.dtype), (q_v @ (p * s)).to(v.dtype)
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class FedSVD(LoRA):
 
     def on_round_end(self, layers: Sequence[Layer], optimizer: torch.optim.Optimizer | None) -> None:
         for layer in layers:
-            u, v = refactored(layer.u, layer.v)
-            layer.u.copy_(u)
+            v, u_t = linalg.refactor(layer.v, layer.u.t())
+            layer.u.copy_(u_t.t())
             layer.v.copy_(v)
             forget(optimizer, layer.v)

@@ -53,6 +53,7 @@ class KaSA(Method):
     )
     published_rank: ClassVar[int] = 8
     trains: ClassVar[tuple[str, ...]] = ("u", "sigma", "v")
+    draws: ClassVar[bool] = True
     has_sigma: ClassVar[bool] = True
     changes_residual: ClassVar[bool] = True
 

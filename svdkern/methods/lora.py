@@ -35,6 +35,7 @@ class LoRA(Method):
     card: ClassVar[Card] = Card("x W + s (x U) V^T", "U random (kaiming), V = 0; the weight's output", "r*(K + N)")
     published_rank: ClassVar[int] = 8
     trains: ClassVar[tuple[str, ...]] = ("u", "v")
+    draws: ClassVar[bool] = True
 
     def factors(self, weight: Tensor, rank: int, scale: float, dtype: torch.dtype) -> Factors:
         return Factors(kaiming(weight, rank, dtype), None, None, weight.new_zeros(weight.shape[0], rank, dtype=dtype))

@@ -48,6 +48,7 @@ class LoRAXS(Method):
     )
     published_rank: ClassVar[int] = 16
     trains: ClassVar[tuple[str, ...]] = ("core",)
+    draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -101,6 +101,8 @@ class Method:
     """False where the layer is the low-rank product alone."""
     changes_residual: ClassVar[bool] = False
     """Whether something is cut out of the weight (else the residual is the weight itself)."""
+    draws: ClassVar[bool] = False
+    """Whether the start is drawn from torch's generator, or shared by layers: then these are made in the model's order."""
     composes: ClassVar[bool] = False
     """Whether ``product`` or ``gate`` is more than the parameters as they are."""
     merges: ClassVar[bool] = True

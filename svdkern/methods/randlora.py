@@ -80,6 +80,7 @@ class RandLoRA(Method):
     )
     published_rank: ClassVar[int] = 32
     trains: ClassVar[tuple[str, ...]] = ("sigma", "gamma")
+    draws: ClassVar[bool] = True
     composes: ClassVar[bool] = True
     derived: ClassVar[tuple[str, ...]] = ("u", "v")
 

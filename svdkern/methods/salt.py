@@ -52,6 +52,7 @@ class SALT(Method):
     )
     published_rank: ClassVar[int] = 64
     trains: ClassVar[tuple[str, ...]] = ("alpha", "beta", "x", "y")
+    draws: ClassVar[bool] = True
     composes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

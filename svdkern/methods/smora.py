@@ -51,6 +51,7 @@ class SMoRA(Method):
     )
     published_rank: ClassVar[int] = 64
     trains: ClassVar[tuple[str, ...]] = ("u", "v", "router")
+    draws: ClassVar[bool] = True
     composes: ClassVar[bool] = True
     merges: ClassVar[bool] = False
 

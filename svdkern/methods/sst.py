@@ -50,6 +50,7 @@ class SST(Method):
     )
     published_rank: ClassVar[int] = 64
     trains: ClassVar[tuple[str, ...]] = ("sigma", "u_active", "v_active")
+    draws: ClassVar[bool] = True
     has_residual: ClassVar[bool] = False
     composes: ClassVar[bool] = True
     integers: ClassVar[tuple[str, ...]] = ("active",)
@@ -120,7 +121,7 @@ class SST(Method):
         layer.u.index_copy_(1, layer.active, layer.u_active)
         layer.v.index_copy_(1, layer.active, layer.v_active)
         if new_round:
-            u, s, v = linalg.factors((layer.v.double() * sigma.double()) @ layer.u.double().t(), len(sigma))
+            u, s, v = linalg.resvd(layer.u, sigma, layer.v)
             layer.u.copy_(u)
             sigma.copy_(s)
             layer.v.copy_(v)

@@ -48,14 +48,23 @@ def batch(seed: int = 1, k: int = 12, n: int = 9, dtype: torch.dtype = torch.flo
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
+def data_for(config: Method, dtype: torch.dtype = torch.float32) -> Any:
+    """Batches as the method takes them; None where it needs none."""
+    if config.needs is None:
+        return None
+    batches = [batch(seed, dtype=dtype) for seed in (1, 2, 3)]
+    return {"forget": batches[:1], "retain": batches[1:]} if config.needs == "importance" else batches
+
+
 def adapted(method: str | Method, rank: int = 3, seed: int = 0, **arguments: Any) -> Net:
     """A net with this method; the seed is that of weights and of what the method draws."""
     model = net(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = configured(method)
-        data = {"data": [batch()]} if config.needs and "data" not in arguments else {}
-        svdkern.adapt(model, config, rank=rank, **data, **arguments)
+        if config.needs is not None:
+            arguments.setdefault("data", data_for(config))
+        svdkern.adapt(model, config, rank=rank, **arguments)
     return model
 
 

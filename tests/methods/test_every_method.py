@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recipes import ALL, adapted, batch, configured, dense, layer_of, net, train
+from recipes import ALL, adapted, batch, configured, data_for, dense, layer_of, net, train
 from torch import nn
 
 import svdkern
@@ -164,7 +164,8 @@ def test_a_bfloat16_model_with_float32_factors(method: str, tmp_path: Path) -> N
     data = batch(dtype=torch.bfloat16)
     model = net(dtype=torch.bfloat16)
     torch.manual_seed(0)
-    svdkern.adapt(model, configured(method), rank=3, **({"data": [data]} if configured(method).needs else {}))
+    config = configured(method)
+    svdkern.adapt(model, config, rank=3, data=data_for(config, torch.bfloat16))
     layer = model.up
     assert all(p.dtype == torch.float32 for name, p in layer.named_parameters() if p.requires_grad)
     losses = train(model, 20, data=data)
