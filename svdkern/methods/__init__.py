@@ -13,6 +13,7 @@ from svdkern.methods.diffora import DiffoRA
 from svdkern.methods.fedsvd import FedSVD
 from svdkern.methods.fila import FILA
 from svdkern.methods.kasa import KaSA
+from svdkern.methods.kind import KIND
 from svdkern.methods.lora import LoRA
 from svdkern.methods.lora_sb import LoRASB
 from svdkern.methods.lora_xs import LoRAXS
@@ -31,8 +32,8 @@ from svdkern.methods.svfit import SVFit
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        LoRA, PiSSA, SORSA, KaSA, SVFit, SALT, SoMA, MiLoRA, CorDA, LoRAXS, LoRASB, SST, FedSVD, RandLoRA, CoDyRA, SMoRA, DiffoRA,
-        FILA, OSF,
+        LoRA, PiSSA, SORSA, KaSA, SVFit, SALT, SoMA, MiLoRA, CorDA, LoRAXS, LoRASB, SST, FedSVD, RandLoRA, KIND, CoDyRA, SMoRA,
+        DiffoRA, FILA, OSF,
     )
 }  # fmt: skip
 
@@ -44,6 +45,7 @@ __all__ = [
     "FILA",
     "Factors",
     "FedSVD",
+    "KIND",
     "KaSA",
     "LoRA",
     "LoRASB",

@@ -179,8 +179,8 @@ class Method:
 
     def shapes(self, in_features: int, out_features: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of a layer, by name; -1 where it may be anything."""
-        shapes: dict[str, tuple[int, ...]] = {"u": (in_features, rank), "v": (out_features, rank)}
-        return {**shapes, "sigma": (rank,)} if self.has_sigma else shapes
+        sigma: dict[str, tuple[int, ...]] = {"sigma": (rank,)} if self.has_sigma else {}
+        return {"u": (in_features, rank), **sigma, "v": (out_features, rank)}
 
     def derive(
         self, in_features: int, out_features: int, rank: int, dtype: torch.dtype, device: torch.device
