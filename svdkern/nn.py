@@ -360,6 +360,10 @@ class SVDLinear(nn.Module):
             buffer, given = self._buffers[name], state_dict.get(prefix + name)
             if buffer is not None and given is not None and given.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(given.dtype)
+        for name, shape in self.config.shapes(self.in_features, self.out_features, self.rank).items():
+            given, held = state_dict.get(prefix + name), getattr(self, name)
+            if -1 in shape and given is not None and given.shape != held.shape and given.dim() == held.dim():
+                setattr(self, name, nn.Parameter(held.new_empty(given.shape), requires_grad=held.requires_grad))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -177,6 +177,9 @@ def test_codyra_task_end_keeps_the_function_drops_ranks_and_starts_anew(tmp_path
     fresh = net()
     svdkern.load_adapter(fresh, tmp_path / "a")
     assert torch.equal(fresh(x), y) and not fresh.up.past_u.requires_grad
+    again = adapted("codyra")
+    again.load_state_dict(model.state_dict())  # of a model that has seen more tasks
+    assert torch.equal(again(x), y)
     svdkern.merge(fresh)
     assert torch.allclose(fresh(x), y, atol=1e-5)
 
