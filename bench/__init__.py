@@ -3,6 +3,7 @@
 BENCHES = {
     "linear": "one adapted layer, against the frozen one and every other way to compute it",
     "model_step": "a whole training step of a model, time and memory",
+    "methods": "a training step with each published method, against PEFT's implementation",
     "decode": "tokens a second of an adapted model",
     "memory": "what a layer's forward and backward add to memory",
     "accuracy": "errors against fp64 on easy and hard numbers",

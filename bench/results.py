@@ -34,6 +34,7 @@ OUTCOME = ("status", "reason")
 CASE = {  # what names a case, bench by bench, provider included
     "linear": ("provider", "dtype", "factor_dtype", "M", "K", "N", "r", "dropout", "mask", "mode"),
     "model_step": ("provider", "dtype", "factor_dtype", "model", "tokens", "sequence", "r"),
+    "methods": ("provider", "dtype", "factor_dtype", "model", "tokens", "sequence", "r"),
     "decode": ("provider", "dtype", "factor_dtype", "model", "batch", "r"),
     "memory": ("provider", "dtype", "M", "K", "N", "r"),
     "accuracy": ("provider", "dtype", "factor_dtype", "data", "M", "K", "N", "r"),
@@ -44,6 +45,7 @@ CASE = {  # what names a case, bench by bench, provider included
 MEASURED = {
     "linear": (*TIMING, "err_vs_fp64", "err_limit", "seed"),
     "model_step": (*TIMING, "peak_memory_mb", "seed"),
+    "methods": (*TIMING, "peak_memory_mb", "trainable", "seed"),
     "decode": (*TIMING, "tokens_per_s", "seed"),
     "memory": ("peak_extra_mb", "over_frozen_mb", "seed"),
     "accuracy": ("err_y", "err_dx", "err_du", "err_dv", "worst_y", "err_vs_fp64", "err_limit", "seed"),
