@@ -284,10 +284,10 @@ def _verify_base(target: Target, row: Row, modules: dict[str, nn.Module], file: 
             has, wants = (module.in_features, module.out_features), (row.in_features, row.out_features)
             raise ValueError(f"(in_features, out_features) is {has}, the adapter was made for {wants}")
         weight = module.weight.detach()
-        if not row.method.has_residual:
-            continue
         if weight.is_meta:
             raise ValueError("the weight is on the meta device: load the model's weights first")
+        if not row.method.has_residual:
+            continue
         if weight.dtype != row.base_dtype:
             has_dtype, wants_dtype = dtype_name(weight.dtype), dtype_name(row.base_dtype)
             raise ValueError(

@@ -98,7 +98,7 @@ class SVDLinear(nn.Module):
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         config = method_named(method)
         scale = scale_of(alpha, rank, config)
-        if rank != 0:
+        if rank != 0 or config.composes:  # a plain branch of rank 0 is the frozen layer
             check_linear(linear, rank, config, scale, dropout_p, adapter_dtype)
         self._fill(linear, config, initial_start(linear, rank, config, scale, adapter_dtype), scale, dropout_p)
         self.cut_out()

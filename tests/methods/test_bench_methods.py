@@ -34,7 +34,11 @@ def options(tmp_path: Path) -> Any:
     return methods.parse([*arguments, "--device", "cpu", "--budget-seconds", "0.2"])
 
 
-@pytest.mark.parametrize("provider", ["frozen", *METHODS, *(f"peft_{name}" for name in methods.PEFT)])
+QUICK = ["frozen", "kasa", "randlora", "sst", "fila", "peft_osf"]
+SLOW = [name for name in [*METHODS, *(f"peft_{name}" for name in methods.PEFT)] if name not in QUICK]
+
+
+@pytest.mark.parametrize("provider", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_provider_makes_a_step(provider: str, options: Any) -> None:
     model = methods.prepared(provider, options)
     trainable = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
