@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,9 @@ def test_a_composed_method_refuses_rank_0(method: str) -> None:
         SVDLinear(8, 6, 0, method=configured(method), device="meta")
 
 
-@pytest.mark.slow
-@pytest.mark.peer
-@pytest.mark.parametrize("method", ALL)
-def test_the_demo_model_learns_saves_and_loads(method: str, tmp_path: Path) -> None:
-    """SmolLM2-135M, two of its blocks: a falling loss on one batch, and the same bits after loading."""
+@pytest.fixture(scope="module")
+def demo_model() -> Any:
+    """SmolLM2-135M with its first two blocks."""
     pytest.importorskip("transformers", reason="needs transformers")
     sys.path.insert(0, str(ROOT / "examples"))
     import finetune_smollm2 as demo
@@ -121,18 +120,22 @@ def test_the_demo_model_learns_saves_and_loads(method: str, tmp_path: Path) -> N
         gguf = demo.find_gguf()
     except SystemExit as missing:
         pytest.skip(str(missing))
+    model: Any = demo.load_model(gguf, torch.float32, torch.device("cpu"))
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    return model
 
-    def fresh() -> Any:
-        model = demo.load_model(gguf, torch.float32, torch.device("cpu"))
-        model.model.layers = model.model.layers[:2]
-        model.config.num_hidden_layers = 2
-        return model
 
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize("method", ALL)
+def test_the_demo_model_learns_saves_and_loads(method: str, demo_model: Any, tmp_path: Path) -> None:
+    """A falling loss on one batch, and the same bits after loading."""
     ids = torch.arange(64).view(2, 32) * 7 % 1000
     batches = [{"input_ids": ids, "labels": ids}]
     config = METHODS[method]()
     needs = {None: None, "importance": {"forget": batches, "retain": batches}}.get(config.needs, batches)
-    model = fresh()
+    model, other = copy.deepcopy(demo_model), copy.deepcopy(demo_model)
     torch.manual_seed(0)
     report = svdkern.adapt(model, config, rank=None if method in ("osf", "kind") else 16, data=needs)
     assert len(report.layers) == 14
@@ -153,7 +156,6 @@ def test_the_demo_model_learns_saves_and_loads(method: str, tmp_path: Path) -> N
     model.eval()
     logits = model(input_ids=ids).logits
     svdkern.save_adapter(model, tmp_path / "adapter")
-    other = fresh()
     svdkern.load_adapter(other, tmp_path / "adapter")
     assert torch.equal(other.eval()(input_ids=ids).logits, logits)
     if config.merges:
