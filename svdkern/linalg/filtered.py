@@ -31,6 +31,10 @@ from svdkern.linalg.sketch import sketch
 
 _PANEL_ELEMENTS = 1 << 20  # float32 elements cast at a time
 _TRIANGLE = 192  # columns of a block of G; only blocks on and below the diagonal are computed
+# Beyond these short sides topk_svd is as fast, and G takes as much memory as a matrix.
+_MOST_SIDE = 2048
+_MOST_SIDE_BFLOAT16 = 4096
+_MOST_SHARE = 3  # the space may have a third of the short side's columns
 _MOST_STEPS = 24
 _MOST_GROWTH = math.log(1e6)  # of the largest value over the smallest one in one filter: rounding grows with it
 _PLAIN = 2.0**80  # |A|_F^2 between its inverse and this: nothing overflows in float32, nothing vanishes
@@ -48,6 +52,12 @@ class _Ritz(NamedTuple):
 def width_of(k: int) -> int:
     """Columns of the space for k triplets: values beyond the wanted ones are what convergence depends on."""
     return -(-(k + max(k // 4, 16)) // 16) * 16
+
+
+def suits(tall: Tensor, k: int) -> bool:
+    """Whether this is the fastest way to k triplets of such a matrix, by measurement."""
+    side = _MOST_SIDE_BFLOAT16 if _by_bfloat16_units(tall) else _MOST_SIDE
+    return tall.dtype != torch.float64 and _MOST_SHARE * width_of(k) <= tall.shape[1] <= side
 
 
 def leading_triplets(tall: Tensor, k: int, tol: float, seed: int) -> Triplets | None:
@@ -114,7 +124,7 @@ class _Panels:
 def _gram_matrix(panels: _Panels) -> Tensor:
     """``A^T A`` (n, n) in float32."""
     n = panels.shape[1]
-    by_bfloat16_units = panels.tall.dtype == torch.bfloat16 and panels.device.type == "cpu" and _has_bfloat16_units()
+    by_bfloat16_units = _by_bfloat16_units(panels.tall)
     out: Tensor | None = None
     for narrow, wide in panels:
         if by_bfloat16_units:  # these round their second operand to bfloat16, which changes no value here
@@ -134,6 +144,10 @@ def _symmetric_product(wide: Tensor) -> Tensor:
         torch.mm(wide[:, first:].t(), wide[:, first : first + _TRIANGLE], out=out[first:, first : first + _TRIANGLE])
         out[first : first + _TRIANGLE, first + _TRIANGLE :] = out[first + _TRIANGLE :, first : first + _TRIANGLE].t()
     return out
+
+
+def _by_bfloat16_units(matrix: Tensor) -> bool:
+    return matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and _has_bfloat16_units()
 
 
 @lru_cache(maxsize=1)
