@@ -74,28 +74,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tied_tensors: dict[str, str] = {}
     rows = {}
     for name, layer in layers.items():
-        rows[name] = _row(name, layer)
-        for attribute, tensor in _tensors(layer).items():
-            first, _ = seen.setdefault(_identity(tensor), (key_of(name, attribute), tensor))
+        rows[name] = row_of(name, layer)
+        for attribute, tensor in saved_tensors(layer).items():
+            first, _ = seen.setdefault(identity(tensor), (key_of(name, attribute), tensor))
             if first != key_of(name, attribute):
                 tied_tensors[key_of(name, attribute)] = first
             else:  # a copy of its own: no storage behind a view, no strides
                 tensors[first] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
     _warn_of_unsaved(model, layers)
-    config: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "svdkern_version": _version(),
-        "layers": rows,
-        "tied_modules": _tied_modules(model, layers),
-        "tied_tensors": tied_tensors,
-    }
-
     data = safetensors.torch.save(tensors)
-    config["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+    config = config_text(rows, _tied_modules(model, layers), tied_tensors, hashlib.sha256(data).hexdigest())
 
     def build(folder: Path) -> None:
         (folder / TENSORS).write_bytes(data)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(config, encoding="utf-8")
 
     replace_directory(Path(path), build, (TENSORS, CONFIG))
 
@@ -177,20 +169,36 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _tensors(layer: SVDLinear) -> dict[str, Tensor]:
+def saved_tensors(layer: SVDLinear) -> dict[str, Tensor]:
     """What is saved of a layer, by attribute."""
     cut = {name: tensor for name in INITIAL if (tensor := getattr(layer, name)) is not None}
     return {name: tensor for name, tensor in layer.adapter().items() if name not in layer.config.derived} | cut
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
+def identity(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for two tensors if they are one in memory."""
     if not tensor.numel():
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _row(name: str, layer: SVDLinear) -> dict[str, Any]:
+def config_text(
+    rows: dict[str, dict[str, Any]], tied_modules: dict[str, str], tied_tensors: dict[str, str], tensors_sha256: str
+) -> str:
+    """The contents of ``adapter_config.json``."""
+    config = {
+        "format_version": FORMAT_VERSION,
+        "svdkern_version": version(),
+        "layers": rows,
+        "tied_modules": tied_modules,
+        "tied_tensors": tied_tensors,
+        "tensors_sha256": tensors_sha256,
+    }
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def row_of(name: str, layer: SVDLinear) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of a layer (ValueError: it could not be rebuilt from that)."""
     residual = layer.unmerged_residual
     if layer.u.is_meta or (residual is not None and residual.is_meta):
         raise ValueError(f"{name} is on the meta device: there is nothing to save")
@@ -218,7 +226,7 @@ def _row(name: str, layer: SVDLinear) -> dict[str, Any]:
         "residual_dtype": dtype_name(residual_dtype),
         "base_sha256": base,
         "residual_sha256": fingerprint,
-        "dtypes": {attribute: dtype_name(tensor.dtype) for attribute, tensor in _tensors(layer).items()},
+        "dtypes": {attribute: dtype_name(tensor.dtype) for attribute, tensor in saved_tensors(layer).items()},
     }
 
 
@@ -241,7 +249,8 @@ def _warn_of_unsaved(model: nn.Module, layers: dict[str, SVDLinear]) -> None:
         )
 
 
-def _version() -> str:
+def version() -> str:
+    """Of the installed package."""
     try:
         return metadata.version("svdkern")
     except metadata.PackageNotFoundError:  # run from a source tree

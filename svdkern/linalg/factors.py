@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from svdkern.linalg.exact import few_threads, with_signs
-from svdkern.linalg.filtered import leading_triplets, width_of
+from svdkern.linalg.filtered import leading_triplets, suits
 from svdkern.linalg.precision import full_precision
 from svdkern.linalg.topk import topk_svd
 
 _TOL = 1e-5  # as topk_svd's
-_FILTER_SHARE = 3  # the filter's space may have a third of the short side's columns
+_ALIGNMENT = 64  # bytes, as PyTorch allocates
 
 
 @torch.no_grad()
@@ -53,6 +53,8 @@ def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         raise TypeError(f"weight is {weight.dtype}, expected float32, bfloat16, float16 or float64")
     if not 1 <= r <= min(weight.shape):
         raise ValueError(f"r is {r}, expected 1 <= r <= {min(weight.shape)} (weight is {tuple(weight.shape)})")
+    if weight.device.type == "cpu" and weight.data_ptr() % _ALIGNMENT:
+        weight = weight.clone()  # BLAS may add in another order where memory begins elsewhere, as in a file's mapping
     with few_threads(min(weight.shape), weight.device):
         found = _by_filter(weight, r)
         if found is None:
@@ -64,11 +66,12 @@ def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_filter(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    if weight.dtype == torch.float64 or _FILTER_SHARE * width_of(r) > min(weight.shape):
-        return None
     tall = weight.shape[0] >= weight.shape[1]
+    matrix = weight if tall else weight.t()
+    if not suits(matrix, r):
+        return None
     with full_precision(weight.device):
-        found = leading_triplets(weight if tall else weight.t(), r, _TOL, seed=0)
+        found = leading_triplets(matrix, r, _TOL, seed=0)
     if found is None:
         return None
     u, v = (found.right, found.left) if tall else (found.left, found.right)

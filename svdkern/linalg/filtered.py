@@ -29,8 +29,13 @@ from svdkern.linalg.exact import Triplets
 from svdkern.linalg.orthogonal import gram
 from svdkern.linalg.sketch import sketch
 
-_PANEL_ELEMENTS = 1 << 20  # float32 elements cast at a time
-_TRIANGLE = 192  # columns of a block of G; only blocks on and below the diagonal are computed
+_PANEL_ELEMENTS = 1 << 23  # cast to float32 at a time: 32 MB; every panel reads and writes all of G
+_BLOCK = 192  # columns of a block of G
+_BLOCK_BFLOAT16, _WHOLE_BFLOAT16 = 512, 1024  # of bfloat16 units, which are fastest with the whole of a small G
+# Beyond these short sides topk_svd is as fast, and G takes as much memory as a matrix.
+_MOST_SIDE = 2048
+_MOST_SIDE_BFLOAT16 = 4096
+_MOST_SHARE = 3  # the space may have a third of the short side's columns
 _MOST_STEPS = 24
 _MOST_GROWTH = math.log(1e6)  # of the largest value over the smallest one in one filter: rounding grows with it
 _PLAIN = 2.0**80  # |A|_F^2 between its inverse and this: nothing overflows in float32, nothing vanishes
@@ -48,6 +53,12 @@ class _Ritz(NamedTuple):
 def width_of(k: int) -> int:
     """Columns of the space for k triplets: values beyond the wanted ones are what convergence depends on."""
     return -(-(k + max(k // 4, 16)) // 16) * 16
+
+
+def suits(tall: Tensor, k: int) -> bool:
+    """Whether this is the fastest way to k triplets of such a matrix, by measurement."""
+    side = _MOST_SIDE_BFLOAT16 if _by_bfloat16_units(tall) else _MOST_SIDE
+    return tall.dtype != torch.float64 and _MOST_SHARE * width_of(k) <= tall.shape[1] <= side
 
 
 def leading_triplets(tall: Tensor, k: int, tol: float, seed: int) -> Triplets | None:
@@ -112,28 +123,28 @@ class _Panels:
 
 
 def _gram_matrix(panels: _Panels) -> Tensor:
-    """``A^T A`` (n, n) in float32."""
+    """``A^T A`` (n, n) in float32. Blocks of columns, from the diagonal down; what lies above is their mirror image."""
     n = panels.shape[1]
-    by_bfloat16_units = panels.tall.dtype == torch.bfloat16 and panels.device.type == "cpu" and _has_bfloat16_units()
-    out: Tensor | None = None
-    for narrow, wide in panels:
-        if by_bfloat16_units:  # these round their second operand to bfloat16, which changes no value here
-            like = wide.new_empty(n, n)  # shape and dtype of the result
-            part = torch.ops.svdkern._cpu_outer.default(narrow, wide, like, None, 0)
-        else:
-            part = _symmetric_product(wide)
-        out = part if out is None else out.add_(part)
-    assert out is not None
+    units = _by_bfloat16_units(panels.tall)
+    block = _BLOCK if not units else n if n <= _WHOLE_BFLOAT16 else _BLOCK_BFLOAT16
+    out = torch.empty(n, n, dtype=torch.float32, device=panels.device)
+    blocks = [(first, out[first:, first : first + block]) for first in range(0, n, block)]
+    for i, (narrow, wide) in enumerate(panels):
+        for first, part in blocks:
+            columns = wide[:, first : first + block]
+            if not units:
+                part.addmm_(wide[:, first:].t(), columns, beta=0 if i == 0 else 1)
+                continue
+            # These units round their second operand to bfloat16, which changes no value here.
+            product = torch.ops.svdkern._cpu_outer.default(narrow[:, first:], columns, part, None, 0)
+            part.copy_(product) if i == 0 else part.add_(product)
+    for first, part in blocks:
+        out[first : first + block, first + block :] = part[block:].t()
     return out
 
 
-def _symmetric_product(wide: Tensor) -> Tensor:
-    n = wide.shape[1]
-    out = torch.empty(n, n, dtype=torch.float32, device=wide.device)
-    for first in range(0, n, _TRIANGLE):
-        torch.mm(wide[:, first:].t(), wide[:, first : first + _TRIANGLE], out=out[first:, first : first + _TRIANGLE])
-        out[first : first + _TRIANGLE, first + _TRIANGLE :] = out[first + _TRIANGLE :, first : first + _TRIANGLE].t()
-    return out
+def _by_bfloat16_units(matrix: Tensor) -> bool:
+    return matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and _has_bfloat16_units()
 
 
 @lru_cache(maxsize=1)
