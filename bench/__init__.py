@@ -3,10 +3,13 @@
 BENCHES = {
     "linear": "one adapted layer, against the frozen one and every other way to compute it",
     "model_step": "a whole training step of a model, time and memory",
+    "methods": "a training step with each published method, against PEFT's implementation",
     "decode": "tokens a second of an adapted model",
     "memory": "what a layer's forward and backward add to memory",
     "accuracy": "errors against fp64 on easy and hard numbers",
     "init": "the SVD that initialises an adapter: seconds against accuracy",
+    "init_model": "the SVDs of all linear layers of a model, and the whole call, against PEFT's",
+    "init_memory": "memory and time of the initial adapter of a 7B model on disk",
     "ceilings": "what this machine can do at most",
     "roofline": "the floor and the predicted time of each design, for a GPU or CPU",
     "blocks": "whether the CPU kernels' block sizes are right for this CPU",

@@ -34,20 +34,26 @@ OUTCOME = ("status", "reason")
 CASE = {  # what names a case, bench by bench, provider included
     "linear": ("provider", "dtype", "factor_dtype", "M", "K", "N", "r", "dropout", "mask", "mode"),
     "model_step": ("provider", "dtype", "factor_dtype", "model", "tokens", "sequence", "r"),
+    "methods": ("provider", "dtype", "factor_dtype", "model", "tokens", "sequence", "r"),
     "decode": ("provider", "dtype", "factor_dtype", "model", "batch", "r"),
     "memory": ("provider", "dtype", "M", "K", "N", "r"),
     "accuracy": ("provider", "dtype", "factor_dtype", "data", "M", "K", "N", "r"),
     "init": ("provider", "dtype", "matrix", "N", "K", "r"),
+    "init_model": ("provider", "dtype", "model", "r"),
+    "init_memory": ("provider", "dtype", "model", "blocks", "r"),
     "ceilings": ("provider", "dtype"),
     "blocks": ("provider", "dtype", "value", "M", "K", "N", "r"),
 }
 MEASURED = {
     "linear": (*TIMING, "err_vs_fp64", "err_limit", "seed"),
     "model_step": (*TIMING, "peak_memory_mb", "seed"),
+    "methods": (*TIMING, "peak_memory_mb", "trainable", "seed"),
     "decode": (*TIMING, "tokens_per_s", "seed"),
     "memory": ("peak_extra_mb", "over_frozen_mb", "seed"),
     "accuracy": ("err_y", "err_dx", "err_du", "err_dv", "worst_y", "err_vs_fp64", "err_limit", "seed"),
     "init": (*TIMING, "err_vs_best", "err_sigma", "same_again", "seed"),
+    "init_model": ("layers", *TIMING, "err_sigma", "same_again", "seed"),
+    "init_memory": (*TIMING, "extrapolated_s", "peak_memory_mb", "seed"),
     "ceilings": ("value", "unit"),
     "blocks": ("what", "shipped", "ratio_to_shipped", *TIMING),
 }

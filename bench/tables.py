@@ -124,6 +124,26 @@ def model_step_table(machine: Machine) -> str:
     return origin(machine.rows["model_step"]) + "\n".join(parts)
 
 
+def methods_table(machine: Machine) -> str:
+    """Step time over the frozen model's and peak memory of every method, ours and PEFT's side by side."""
+    parts = []
+    for (model, dtype, tokens), rows in grouped(machine.rows["methods"], "model", "dtype", "tokens").items():
+        frozen = rows.get("frozen")
+        body = []
+        for name, row in rows.items():
+            if name == "frozen" or name.startswith("peft_"):
+                continue
+            cells = [name, number(row["trainable"], ",d") if row["trainable"] else NONE]
+            for one in (row, rows.get(f"peft_{name}")):
+                peak = None if one is None else one["peak_memory_mb"]
+                cells += [NONE if one is None else ratio(one), NONE if peak is None else f"{peak:.0f} MB"]
+            body.append(cells)
+        floor = "" if frozen is None else f" (frozen: {seconds(frozen['median_s'])}, {frozen['peak_memory_mb']:.0f} MB)"
+        header = [f"{model}, {dtype}, {tokens} tokens a step{floor}", "numbers that train", "step over frozen"]
+        parts.append(table([*header, "peak memory", "PEFT: step", "PEFT: memory"], body))
+    return origin(machine.rows["methods"]) + "\n".join(parts)
+
+
 def decode_table(machine: Machine) -> str:
     """Tokens per second of the frozen model, and every provider's time over its."""
     rows = machine.rows["decode"]
@@ -288,6 +308,7 @@ TABLES: Mapping[str, Callable[[Sequence[Machine]], str]] = {
     "accuracy": each("accuracy", accuracy_table),
     "init": each("init", init_table),
     "model_step": each("model_step", model_step_table),
+    "methods": each("methods", methods_table),
     "blocks": each("blocks", blocks_table),
     "roofline-position": each("linear", roofline_table),
     "summary": summary,

@@ -7,7 +7,8 @@ adapt                         puts SVDLinear into a model, by method and rank
 warmup                        compiles a model's GPU kernels before a CUDA graph captures it
 merge, unmerge                folds the adapters into the weights, and back to the same bits
 save_adapter, load_adapter    the adapter as a directory; loading rebuilds the same bits, without an SVD
-regularization                the method's own penalty on the factors
+regularization, Hooks         the method's own penalty, and what it does around a step of training
+methods                       the published methods, one configuration each
 linalg                        factors of a weight, exact residuals
 """
 
@@ -20,17 +21,19 @@ if (_kernels := Path(__file__).resolve().parent.parent / "triton_kernels").joinp
     sys.modules["svdkern.triton_kernels"] = triton_kernels = ModuleType("svdkern.triton_kernels")
     triton_kernels.__path__ = [str(_kernels)]
 
-from svdkern import linalg
+from svdkern import linalg, methods
 from svdkern.checkpoint import load_adapter, save_adapter
 from svdkern.frozen import Linear, linear
 from svdkern.functional import svd_linear
 from svdkern.graphs import warmup
+from svdkern.hooks import Hooks
 from svdkern.model import adapt, merge, regularization, unmerge
 from svdkern.nn import SVDLinear
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Hooks",
     "Linear",
     "SVDLinear",
     "__version__",
@@ -39,6 +42,7 @@ __all__ = [
     "linear",
     "load_adapter",
     "merge",
+    "methods",
     "regularization",
     "save_adapter",
     "svd_linear",

@@ -23,10 +23,10 @@ from svdkern.methods import METHODS, Method
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
-TRAINED = ("u", "sigma", "core", "v")
 INITIAL = ("u0", "sigma0", "v0")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_INTEGERS = {"int64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,15 @@ class Row:
     residual_dtype: torch.dtype
     base_sha256: str
     residual_sha256: str
+    """Both are empty where the method has no residual: such an adapter belongs to no weight."""
     dtypes: dict[str, torch.dtype]
     """Dtype of every tensor that the layer has, by attribute."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the method that is saved, by attribute; -1 where it may be anything."""
+        shapes = self.method.shapes(self.in_features, self.out_features, self.rank)
+        return {name: shape for name, shape in shapes.items() if name not in self.method.derived}
 
 
 @dataclass(frozen=True)
@@ -159,14 +166,15 @@ def _row(name: str, row: Any) -> Row:
         key: _dtype(_typed(row, key, str, where), f"{where}: {key}") for key in ("base_dtype", "residual_dtype")
     }
     dtypes = {
-        key: _dtype(value, f"{where}: dtypes[{key!r}]") for key, value in _typed(row, "dtypes", dict, where).items()
+        key: _dtype(value, f"{where}: dtypes[{key!r}]", _DTYPES | _INTEGERS)
+        for key, value in _typed(row, "dtypes", dict, where).items()
     }
     method = _method(row, where)
     counts = {key: _typed(row, key, int, where) for key in ("rank", "in_features", "out_features")}
     numbers = {key: float(_typed(row, key, (float, int), where)) for key in ("scale", "dropout_p")}
     initial_scale = _typed(row, "initial_scale", (float, int, type(None)), where)
     hashes = {key: _typed(row, key, str, where) for key in ("base_sha256", "residual_sha256")}
-    for key, value in hashes.items():
+    for key, value in hashes.items() if method.has_residual else ():
         if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
             raise ValueError(f"{where}: {key} is {value!r}, expected 64 hexadecimal digits")
     if min(counts.values()) < 0 or not math.isfinite(numbers["scale"]) or not 0.0 <= numbers["dropout_p"] <= 1.0:
@@ -190,10 +198,10 @@ def _row(name: str, row: Any) -> Row:
     )
 
 
-def _dtype(name: Any, where: str) -> torch.dtype:
-    if not isinstance(name, str) or name not in _DTYPES:
-        raise ValueError(f"{where} is {name!r}, expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+def _dtype(name: Any, where: str, known: dict[str, torch.dtype] = _DTYPES) -> torch.dtype:
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{where} is {name!r}, expected one of {', '.join(known)}")
+    return known[name]
 
 
 def _method(row: dict[str, Any], where: str) -> Method:
@@ -222,21 +230,22 @@ def _check_tensors(file: AdapterFile) -> None:
     """Every tensor that the configuration lists is there, of its shape and dtype, and no other."""
     expected: set[str] = set()
     for name, row in file.rows.items():
-        n, k, r = row.out_features, row.in_features, row.rank
-        required = ["u", "v", "u0", "v0"] if row.method.changes_residual else ["u", "v"]
-        for attribute in [*required, *(a for a in row.dtypes if a not in required)]:
+        shapes: dict[str, tuple[int, ...]] = dict(row.shapes)
+        if row.method.changes_residual:  # the rank of what was cut out may be another one
+            shapes.update(u0=(row.in_features, -1), v0=(row.out_features, -1))
+            if "sigma0" in row.dtypes:
+                shapes["sigma0"] = (-1,)
+        if set(row.dtypes) != set(shapes):
+            raise ValueError(f"{CONFIG}: dtypes of layer {name!r} has {sorted(row.dtypes)}, expected {sorted(shapes)}")
+        for attribute, shape in shapes.items():
             key = file.key(name, attribute)
-            if attribute not in row.dtypes or attribute not in TRAINED + INITIAL:
-                raise ValueError(
-                    f"{CONFIG}: dtypes of layer {name!r} has {sorted(row.dtypes)}, "
-                    f"expected {required} and possibly sigma, core"
-                )
             if key not in file.tensors:
                 raise ValueError(f"{TENSORS}: {key} is missing")
-            tensor, initial = file.tensors[key], attribute in INITIAL
-            rank = file.tensors[key].shape[-1] if initial and tensor.dim() else r  # the initial rank may be another one
-            shape = {"u": (k, rank), "v": (n, rank), "sigma": (rank,), "core": (rank, rank)}[attribute.rstrip("0")]
-            if tensor.shape != shape or tensor.dtype != row.dtypes[attribute]:
+            tensor = file.tensors[key]
+            fits = tensor.dim() == len(shape) and all(
+                want in (-1, has) for has, want in zip(tensor.shape, shape, strict=True)
+            )
+            if not fits or tensor.dtype != row.dtypes[attribute]:
                 has, wants = (
                     f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}",
                     f"{dtype_name(row.dtypes[attribute])} {shape}",

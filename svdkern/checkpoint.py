@@ -1,7 +1,8 @@
 """``save_adapter`` and ``load_adapter``: a trained adapter as a directory of two files.
 
-``adapter.safetensors``   the factors ``<module path>.{u,sigma,core,v}`` and, for methods that change the residual, the
-                          initial ones ``{u0,sigma0,v0}``, each in its own dtype
+``adapter.safetensors``   the factors ``<module path>.{u,sigma,core,v}`` and the method's other tensors; for methods that
+                          change the residual also what was cut out of the weight, ``{u0,sigma0,v0}``; each in its own
+                          dtype, and what is one tensor in memory once
 ``adapter_config.json``   format_version; for each layer its method, rank, scale, shape, dtypes, and the SHA-256 of the
                           weight that it belongs to; which modules and tensors are one and the same; the SHA-256 of
                           the tensor file
@@ -30,7 +31,6 @@ from svdkern.adapter_file import (
     FORMAT_VERSION,
     INITIAL,
     TENSORS,
-    TRAINED,
     AdapterFile,
     Row,
     dtype_name,
@@ -41,9 +41,10 @@ from svdkern.directory import replace_directory
 from svdkern.fingerprint import sha256
 from svdkern.frozen import use_kernels
 from svdkern.initialisation import check_linear
-from svdkern.methods import Factors
+from svdkern.methods import Cut, Factors, Start
+from svdkern.methods.method import sharing
 from svdkern.model import Replacement, adapted_layers, replace, signals_held_back, with_progress
-from svdkern.nn import Initial, SVDLinear
+from svdkern.nn import SVDLinear
 from svdkern.report import AdaptReport, report_on
 from svdkern.targets import Target
 
@@ -69,35 +70,24 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no adapted layer to save")
     tensors: dict[str, Tensor] = {}
-    seen: dict[int, tuple[str, Tensor]] = {}
+    seen: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
     tied_tensors: dict[str, str] = {}
     rows = {}
     for name, layer in layers.items():
-        rows[name] = _row(name, layer)
-        for attribute in TRAINED + INITIAL:
-            tensor = getattr(layer, attribute)
-            if tensor is None:
-                continue
-            first, _ = seen.setdefault(id(tensor), (key_of(name, attribute), tensor))
+        rows[name] = row_of(name, layer)
+        for attribute, tensor in saved_tensors(layer).items():
+            first, _ = seen.setdefault(identity(tensor), (key_of(name, attribute), tensor))
             if first != key_of(name, attribute):
                 tied_tensors[key_of(name, attribute)] = first
             else:  # a copy of its own: no storage behind a view, no strides
                 tensors[first] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
     _warn_of_unsaved(model, layers)
-    config: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "svdkern_version": _version(),
-        "layers": rows,
-        "tied_modules": _tied_modules(model, layers),
-        "tied_tensors": tied_tensors,
-    }
-
     data = safetensors.torch.save(tensors)
-    config["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+    config = config_text(rows, _tied_modules(model, layers), tied_tensors, hashlib.sha256(data).hexdigest())
 
     def build(folder: Path) -> None:
         (folder / TENSORS).write_bytes(data)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(config, encoding="utf-8")
 
     replace_directory(Path(path), build, (TENSORS, CONFIG))
 
@@ -150,7 +140,8 @@ def load_adapter(
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from error
 
-    prepared = [_replacement(target, file) for target in targets]
+    with sharing():
+        prepared = [_replacement(target, file) for target in targets]
     _tie_factors({item.target.name: item.layer for item in prepared}, file)
     refreshed = {name: layer for name in adapted if isinstance(layer := modules[name], SVDLinear)}
     if prepared:
@@ -178,17 +169,47 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _row(name: str, layer: SVDLinear) -> dict[str, Any]:
+def saved_tensors(layer: SVDLinear) -> dict[str, Tensor]:
+    """What is saved of a layer, by attribute."""
+    cut = {name: tensor for name in INITIAL if (tensor := getattr(layer, name)) is not None}
+    return {name: tensor for name, tensor in layer.adapter().items() if name not in layer.config.derived} | cut
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors if they are one in memory."""
+    if not tensor.numel():
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def config_text(
+    rows: dict[str, dict[str, Any]], tied_modules: dict[str, str], tied_tensors: dict[str, str], tensors_sha256: str
+) -> str:
+    """The contents of ``adapter_config.json``."""
+    config = {
+        "format_version": FORMAT_VERSION,
+        "svdkern_version": version(),
+        "layers": rows,
+        "tied_modules": tied_modules,
+        "tied_tensors": tied_tensors,
+        "tensors_sha256": tensors_sha256,
+    }
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def row_of(name: str, layer: SVDLinear) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of a layer (ValueError: it could not be rebuilt from that)."""
     residual = layer.unmerged_residual
-    if residual.is_meta or layer.u.is_meta:
+    if layer.u.is_meta or (residual is not None and residual.is_meta):
         raise ValueError(f"{name} is on the meta device: there is nothing to save")
-    fingerprint = sha256(residual).hex()
+    fingerprint = "" if residual is None else sha256(residual).hex()
+    residual_dtype = layer.base_dtype if residual is None else residual.dtype
     base, initial = fingerprint, layer.initial
     if layer.fingerprint is not None:
         base, expected = (bytes(row).hex() for row in layer.fingerprint.tolist())
         if fingerprint != expected:
             raise ValueError(
-                f"{name}: the residual ({dtype_name(residual.dtype)}) is not the one that was computed from the "
+                f"{name}: the residual ({dtype_name(residual_dtype)}) is not the one that was computed from the "
                 f"original weight ({dtype_name(layer.base_dtype)}), nor that one cast once: it was written to, or cast "
                 "more than once. An adapter file could not bring it back; save the model's state_dict instead"
             )
@@ -201,11 +222,11 @@ def _row(name: str, layer: SVDLinear) -> dict[str, Any]:
         "dropout_p": layer.dropout_p,
         "in_features": layer.in_features,
         "out_features": layer.out_features,
-        "base_dtype": dtype_name(layer.base_dtype if layer.fingerprint is not None else residual.dtype),
-        "residual_dtype": dtype_name(residual.dtype),
+        "base_dtype": dtype_name(layer.base_dtype if layer.fingerprint is not None else residual_dtype),
+        "residual_dtype": dtype_name(residual_dtype),
         "base_sha256": base,
         "residual_sha256": fingerprint,
-        "dtypes": {a: dtype_name(t.dtype) for a in TRAINED + INITIAL if (t := getattr(layer, a)) is not None},
+        "dtypes": {attribute: dtype_name(tensor.dtype) for attribute, tensor in saved_tensors(layer).items()},
     }
 
 
@@ -219,7 +240,7 @@ def _tied_modules(model: nn.Module, layers: dict[str, SVDLinear]) -> dict[str, s
 
 
 def _warn_of_unsaved(model: nn.Module, layers: dict[str, SVDLinear]) -> None:
-    saved = {id(getattr(layer, attribute)) for layer in layers.values() for attribute in TRAINED}
+    saved = {id(tensor) for layer in layers.values() for tensor in layer.adapter().values()}
     unsaved = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
     if unsaved:
         shown = ", ".join(unsaved[:3]) + (f" and {len(unsaved) - 3} more" if len(unsaved) > 3 else "")
@@ -228,7 +249,8 @@ def _warn_of_unsaved(model: nn.Module, layers: dict[str, SVDLinear]) -> None:
         )
 
 
-def _version() -> str:
+def version() -> str:
+    """Of the installed package."""
     try:
         return metadata.version("svdkern")
     except metadata.PackageNotFoundError:  # run from a source tree
@@ -273,6 +295,8 @@ def _verify_base(target: Target, row: Row, modules: dict[str, nn.Module], file: 
         weight = module.weight.detach()
         if weight.is_meta:
             raise ValueError("the weight is on the meta device: load the model's weights first")
+        if not row.method.has_residual:
+            continue
         if weight.dtype != row.base_dtype:
             has_dtype, wants_dtype = dtype_name(weight.dtype), dtype_name(row.base_dtype)
             raise ValueError(
@@ -284,10 +308,10 @@ def _verify_base(target: Target, row: Row, modules: dict[str, nn.Module], file: 
                 "the weight is not the one the adapter was made on "
                 f"(SHA-256 {found[:12]}…, expected {row.base_sha256[:12]}…)"
             )
-    initial = _initial(file, target.name, weight.device)
-    if initial is None:
+    cut = _cut(file, target.name, weight.device)
+    if cut is None:
         return
-    residual = row.method.residual(weight, Factors(initial.u, initial.sigma, None, initial.v), initial.scale)
+    residual = row.method.residual(weight, cut)
     if sha256(residual.to(row.residual_dtype)).hex() != row.residual_sha256:
         raise ValueError("the rebuilt residual differs from the saved one (is torch.set_flush_denormal on?)")
 
@@ -296,21 +320,36 @@ def _replacement(target: Target, file: AdapterFile) -> Replacement:
     linear, row = target.module, file.rows[target.name]
     assert isinstance(linear, nn.Linear)
     device = linear.weight.device
-    u, sigma, core, v = (file.tensor(target.name, attribute, device) for attribute in TRAINED)
+    made = {name: file.tensor(target.name, name, device) for name in row.shapes}
+    if row.method.derived:
+        dtype = row.dtypes[row.method.trains[0]]
+        made.update(row.method.derive(row.in_features, row.out_features, row.rank, dtype, device))
+    u, v = made.pop("u"), made.pop("v")
     assert u is not None and v is not None
-    factors, initial = Factors(u, sigma, core, v), _initial(file, target.name, device)
-    layer = SVDLinear.before_cut(linear, row.method, factors, row.scale, row.dropout_p, initial)
+    sigma, core = made.pop("sigma", None), made.pop("core", None)
+    factors = Factors(u, sigma, core, v, {name: tensor for name, tensor in made.items() if tensor is not None})
+    start = Start(factors, _cut(file, target.name, device, factors))
+    layer = SVDLinear.before_cut(linear, row.method, start, row.scale, row.dropout_p)
     hashes = bytes.fromhex(row.base_sha256), bytes.fromhex(row.residual_sha256)
     return Replacement(target, layer, hashes, row.residual_dtype)
 
 
-def _initial(file: AdapterFile, name: str, device: torch.device) -> Initial | None:
-    scale = file.rows[name].initial_scale
-    if scale is None:
+def _cut(file: AdapterFile, name: str, device: torch.device, factors: Factors | None = None) -> Cut | None:
+    """What was cut out; a tensor that is one of the factors, too, is that one."""
+    row = file.rows[name]
+    if row.initial_scale is None:
         return None
-    u, sigma, v = (file.tensor(name, attribute, device) for attribute in INITIAL)
+
+    def tensor(attribute: str) -> Tensor | None:
+        factor = attribute.removesuffix("0")
+        if factors is not None and factor not in row.method.trains and factor in row.dtypes:
+            if file.key(name, attribute) == file.key(name, factor):
+                return factors.tensors()[factor]
+        return file.tensor(name, attribute, device)
+
+    u, sigma, v = (tensor(attribute) for attribute in INITIAL)
     assert u is not None and v is not None
-    return Initial(u, sigma, v, scale)
+    return Cut(u, sigma, v, row.initial_scale)
 
 
 def _verify_adapted(layer: SVDLinear, file: AdapterFile, name: str) -> None:
@@ -319,11 +358,11 @@ def _verify_adapted(layer: SVDLinear, file: AdapterFile, name: str) -> None:
         raise RuntimeError(f"{name} is merged: unmerge the model before loading factors into it")
     if layer.config != row.method:
         raise ValueError(f"the layer's method is {layer.config}, the adapter's {row.method}")
-    for attribute in TRAINED:
+    for attribute in row.shapes:
         has, wants = _described(getattr(layer, attribute)), _described(file.tensors.get(file.key(name, attribute)))
         if has != wants:
             raise ValueError(f"{attribute} is {has} in the model and {wants} in the file")
-    if sha256(layer.residual).hex() != row.residual_sha256:
+    if layer.residual is not None and sha256(layer.residual).hex() != row.residual_sha256:
         raise ValueError(
             "the layer's residual is another one (another base, or other initial factors): load onto a fresh base model"
         )
@@ -335,10 +374,9 @@ def _described(tensor: Tensor | None) -> str:
 
 @torch.no_grad()
 def _refresh(layer: SVDLinear, file: AdapterFile, name: str) -> None:
-    for attribute in TRAINED:
+    for attribute in file.rows[name].shapes:
         tensor = getattr(layer, attribute)
-        if tensor is not None:
-            tensor.copy_(file.tensors[file.key(name, attribute)])
+        tensor.copy_(file.tensors[file.key(name, attribute)])
     layer.scale = file.rows[name].scale  # type: ignore[assignment]
     layer.dropout_p = file.rows[name].dropout_p
 
@@ -346,5 +384,6 @@ def _refresh(layer: SVDLinear, file: AdapterFile, name: str) -> None:
 def _tie_factors(layers: dict[str, SVDLinear], file: AdapterFile) -> None:
     for alias, first in file.tied_tensors.items():
         (name, _, attribute), (first_name, _, first_attribute) = alias.rpartition("."), first.rpartition(".")
-        if attribute in TRAINED and name in layers and first_name in layers:
+        tied = name in layers and first_name in layers and name != first_name
+        if tied and attribute in file.rows[name].shapes and first_attribute in file.rows[first_name].shapes:
             setattr(layers[name], attribute, getattr(layers[first_name], first_attribute))

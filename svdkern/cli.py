@@ -1,4 +1,4 @@
-"""The command line: ``python -m svdkern doctor``, ``tune`` and ``bench``.
+"""The command line: ``python -m svdkern init``, ``doctor``, ``tune`` and ``bench``.
 
 Layer: the top; imports what it shows and nothing imports it.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from svdkern import __version__
 from svdkern.bench_command import add_bench
 from svdkern.doctor import add_doctor
+from svdkern.init_command import add_init
 from svdkern.tune import add_tune
 
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"svdkern {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add_init(commands)
     add_doctor(commands)
     add_tune(commands)
     add_bench(commands)

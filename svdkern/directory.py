@@ -41,29 +41,30 @@ def replace_directory(path: Path, build: Callable[[Path], None], own_files: Iter
         OSError: no space, no permission.
     """
     path = Path(os.path.realpath(path))  # a symbolic link to a directory stays one
-    _check_replaceable(path, set(own_files))
+    check_replaceable(path, own_files)
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean(path)
     folder, lock = _make_locked(path)
     try:
         build(folder)
         for file in folder.iterdir():
-            _flush(file)
-        _flush(folder)
+            flush(file)
+        flush(folder)
         _swap(folder, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what was at path before, or an unfinished build
         if lock is not None:
             os.close(lock)
 
 
-def _check_replaceable(path: Path, own_files: set[str]) -> None:
+def check_replaceable(path: Path, own_files: Iterable[str]) -> None:
+    """ValueError if ``replace_directory`` would refuse to replace path."""
     if not path.exists():
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file, expected a directory or a new path")
-    others = sorted(entry.name for entry in path.iterdir() if entry.name not in own_files)
+    others = sorted({entry.name for entry in path.iterdir()} - set(own_files))
     if others:
         shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
         raise ValueError(
@@ -153,7 +154,8 @@ def _exchange(folder: Path, path: Path) -> bool:
     raise OSError(number, os.strerror(number), str(path))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring a file or a directory to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # Windows opens no directories

@@ -52,16 +52,17 @@ def warmup(model: nn.Module, rows: Iterable[int], *, dtype: torch.dtype | None =
     for layer in model.modules():
         if not isinstance(layer, SVDLinear) or layer.merged:
             continue
-        like = torch.empty(0, dtype=dtype or layer.residual.dtype, device=layer.residual.device)
-        if layer.residual.is_meta or dispatch.choose(like, None) is not dispatch.BACKENDS["triton"]:
+        base = layer.base_dtype if layer.residual is None else layer.residual.dtype
+        like = torch.empty(0, dtype=dtype or base, device=layer.u.device)
+        if like.is_meta or dispatch.choose(like, None) is not dispatch.BACKENDS["triton"]:
             continue
         for m in counts:
             _run(layer, like.new_zeros(m, layer.in_features))
             count += 1
         with torch.no_grad():
             layer.config.penalty([layer])  # its Gram matrix has a kernel of its own
-        if layer.residual.is_cuda:
-            devices.add(layer.residual.device)
+        if like.is_cuda:
+            devices.add(like.device)
     for device in devices:
         torch.cuda.synchronize(device)
     return count
@@ -73,15 +74,15 @@ def _run(layer: SVDLinear, x: Tensor) -> None:
     def leaf(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
 
-    residual, u, sigma, v, bias, core = map(
-        leaf, (layer.residual, layer.u, layer.sigma, layer.v, layer.bias, layer.core)
-    )
+    made = layer.config.product(layer)
+    residual, u, sigma, v, bias, core = map(leaf, (layer.residual, made.u, made.sigma, made.v, layer.bias, made.core))
+    gate, group = layer.config.gate(layer, x)
     assert u is not None and v is not None
     rng_state = torch.zeros(2, dtype=torch.int64, device=x.device)
     for wants_x in (True, False) if torch.is_grad_enabled() else (False,):
         x = x.detach().requires_grad_(wants_x)
         y = svd_linear(
-            x, residual, u, sigma, v, bias, scale=layer.scale, core=core,
+            x, residual, u, sigma, v, bias, scale=layer.scale, core=core, gate=gate, group=group,
             dropout_p=layer.dropout_p if layer.training else 0.0, rng_state=rng_state,
         )  # fmt: skip
         leaves = [t for t in (x, residual, u, sigma, v, bias, core) if t is not None and t.requires_grad]

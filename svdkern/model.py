@@ -9,23 +9,28 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from svdkern.calibration import calibrated
 from svdkern.frozen import use_kernels
-from svdkern.initialisation import check_linear, initial_factors, rehearse, scale_of
+from svdkern.initialisation import check_linear, initial_start, rehearse, scale_of
 from svdkern.methods import Method, method_named
+from svdkern.methods.method import sharing
 from svdkern.nn import SVDLinear
+from svdkern.parallel import is_small, layer_by_layer
 from svdkern.report import AdaptReport, report_on
 from svdkern.targets import ALL_LINEAR, Patterns, Target, find_targets
 
 log = logging.getLogger("svdkern")
+Layer = TypeVar("Layer")
 
 _HOOKS = (
     "_forward_hooks",
@@ -57,6 +62,9 @@ def adapt(
     dropout_p: float = 0.0,
     adapter_dtype: torch.dtype = torch.float32,
     exclude_modules: Patterns | None = None,
+    data: Any = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    data_passes: int = 1,
     frozen_linears: bool = False,
     progress: bool | None = None,
 ) -> AdaptReport:
@@ -75,7 +83,7 @@ def adapt(
 
     Args:
         model: any module; changed in place. A linear layer that is used in several places stays shared.
-        method: "lora", "pissa", "sorsa", or a configuration, such as ``svdkern.methods.SORSA(gamma=1e-3)``.
+        method: a name (docs/methods.md has the list), or a configuration, such as ``svdkern.methods.SORSA(gamma=1e-3)``.
         rank: r of every layer; None takes the published rank of the method.
         target_modules: "all-linear" (every ``nn.Linear`` but the output embedding), a list of module names or their
             last parts, or a regular expression for whole module paths. Every entry must match something.
@@ -83,6 +91,12 @@ def adapt(
         dropout_p: dropout on the adapter branches' input while training.
         adapter_dtype: dtype of the factors; float32 masters under a bfloat16 model are fast here.
         exclude_modules: names or a regular expression, read alike, of modules to leave alone.
+        data: batches, for methods that start from data (docs/methods.md says which, and what they take of it). A batch is what
+            ``forward`` takes; for "fila" a mapping with batches under "forget" and "retain".
+        forward: ``forward(model, batch)`` returns the loss, or an output that has one (None: ``model(**batch)`` for a mapping,
+            ``model(*batch)`` for a tuple or list, else ``model(batch)``). A method that needs no loss runs it for its activations.
+        data_passes: the statistics of that part of the layers are in memory at a time, for which data is read once; more than
+            one needs data that can be read again.
         frozen_linears: let every plain ``nn.Linear`` that is not adapted (the output embedding, say) run on our kernels, too,
             where they are faster. It becomes a ``svdkern.Linear`` with the same parameters: a subclass, so
             ``type(module) is nn.Linear`` no longer holds. On CPUs without bfloat16 this is what makes a whole bfloat16
@@ -93,23 +107,32 @@ def adapt(
         The report: layers, trainable and total parameters; ``print`` it.
 
     Raises:
-        ValueError: an entry matches nothing; a rank out of range; a weight with NaN or infinity; an unknown method.
+        ValueError: an entry matches nothing; a rank out of range; a weight with NaN or infinity; an unknown method; data that
+            are missing, or have a NaN.
         TypeError: a named module is no ``nn.Linear``, is adapted already, or has a weight that cannot be adapted.
             The message names the layer; the model is unchanged.
     """
     config = method_named(method)
-    rank = config.published_rank if rank is None else rank
     targets = find_targets(model, target_modules, exclude_modules)
     for target in targets:
         if isinstance(target.module, SVDLinear):
             raise TypeError(f"{target.name} is adapted already ({target.module.method}, rank {target.module.rank})")
         with _naming(target):
-            check_linear(target.module, rank, config, scale_of(alpha, rank), dropout_p, adapter_dtype)
-    scale = scale_of(alpha, rank)
-    prepared = [
-        _prepare(target, rank, config, scale, dropout_p, adapter_dtype)
-        for target in with_progress(targets, f"{config.name} factors", progress)
-    ]
+            r = _rank(target, rank, config)
+            check_linear(target.module, r, config, scale_of(alpha, r, config), dropout_p, adapter_dtype)
+    prepared: list[Replacement] = []
+    with sharing():
+        for part, statistics in calibrated(model, targets, config.needs, data, forward, data_passes, progress):
+            prepared += layer_by_layer(
+                lambda target, s=statistics: _prepare(  # type: ignore[misc]
+                    target, _rank(target, rank, config), config, alpha, dropout_p, adapter_dtype, s.get(target.name)
+                ),
+                part,
+                partial(_beside_others, config),
+                lambda calls: with_progress(calls, f"{config.name} factors", progress),
+            )
+            statistics.clear()
+            part.clear()  # it would keep every old weight alive
     made = {id(item.layer) for item in prepared}
     del targets, target  # they would keep every old weight alive
     with signals_held_back():
@@ -133,18 +156,39 @@ class Replacement:
     def order(self) -> tuple[bool, int]:
         """Those that take memory of their own are last in it, the largest at the end."""
         residual = self.layer.residual
-        return self.layer.config.changes_residual, residual.numel() * residual.element_size()
+        size = 0 if residual is None else residual.numel() * residual.element_size()
+        return self.layer.config.changes_residual, size
+
+
+def _rank(target: Target, rank: int | None, config: Method) -> int:
+    if rank is not None or not isinstance(target.module, nn.Linear):
+        return config.published_rank if rank is None else rank
+    return config.default_rank(target.module.in_features, target.module.out_features)
+
+
+def _beside_others(config: Method, target: Target) -> bool:
+    """Whether the layer may be prepared while others are: on the CPU, small, without random numbers (whose order counts)."""
+    weight = target.module.weight
+    assert isinstance(weight, Tensor)
+    return weight.device.type == "cpu" and not config.draws and is_small(weight.shape)
 
 
 def _prepare(
-    target: Target, rank: int, config: Method, scale: float, dropout_p: float, adapter_dtype: torch.dtype
+    target: Target,
+    rank: int,
+    config: Method,
+    alpha: float | None,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    statistic: Tensor | None,
 ) -> Replacement:
     linear = target.module
     assert isinstance(linear, nn.Linear)
+    scale = scale_of(alpha, rank, config)
     with _naming(target):
-        factors = initial_factors(linear, rank, config, scale, adapter_dtype)
-        hashes = rehearse(linear, config, factors, scale)
-    return Replacement(target, SVDLinear.before_cut(linear, config, factors, scale, dropout_p), hashes)
+        start = initial_start(linear, rank, config, scale, adapter_dtype, statistic)
+        hashes = rehearse(linear, config, start.cut)
+    return Replacement(target, SVDLinear.before_cut(linear, config, start, scale, dropout_p), hashes)
 
 
 def replace(model: nn.Module, prepared: list[Replacement]) -> None:
@@ -183,9 +227,9 @@ def _put_in_place(prepared: list[Replacement]) -> None:
 
 def _freeze(model: nn.Module, frozen: list[nn.Parameter]) -> None:
     """Freeze all parameters but the factors of adapted layers; ``frozen`` gets those that were not frozen before."""
-    factors = {id(p) for _, layer in adapted_layers(model) for p in (layer.u, layer.sigma, layer.core, layer.v)}
+    trained = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter().values()}
     for parameter in model.parameters():
-        if id(parameter) not in factors and parameter.requires_grad:
+        if id(parameter) not in trained and parameter.requires_grad:
             frozen.append(parameter)
             parameter.requires_grad_(False)
 
@@ -264,9 +308,9 @@ def _naming(target: Target) -> Iterator[None]:
         raise type(error)(f"{target.name}: {error}") from error
 
 
-def with_progress(targets: list[Target], what: str, progress: bool | None) -> Iterable[Target]:
+def with_progress(layers: Iterable[Layer], what: str, progress: bool | None) -> Iterable[Layer]:
     quiet = not sys.stderr.isatty() if progress is None else not progress
-    return tqdm(targets, desc=what, unit="layer", disable=quiet, delay=1.0 if progress is None else 0.0)
+    return tqdm(layers, desc=what, unit="layer", disable=quiet, delay=1.0 if progress is None else 0.0)
 
 
 @contextmanager

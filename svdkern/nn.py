@@ -6,7 +6,7 @@ Layer: above ``methods`` and ``functional``, below ``model``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from svdkern.autocast import autocast_is_on, without_autocast
 from svdkern.fingerprint import sha256
 from svdkern.frozen import linear
 from svdkern.functional import svd_linear
-from svdkern.initialisation import check_linear, initial_factors, residual_of, scale_of
+from svdkern.initialisation import check_linear, initial_start, residual_of, scale_of
 from svdkern.linalg import merged_weight
-from svdkern.methods import Factors, Method, method_named
+from svdkern.methods import Cut, Factors, Method, Start, method_named
 
 _READ_ONLY = (
     "weight of an SVDLinear is computed from its residual and factors and cannot be assigned: assign to residual, u, "
@@ -27,15 +27,6 @@ _NO_COPY = (
     "the layer was merged with keep=False: the unmerged residual is gone, so {what} is not possible. "
     "Merge with keep=True, or save the adapter before merging"
 )
-
-
-class Initial(NamedTuple):
-    """The factors that were cut out of the original weight, and the scale they were cut out with."""
-
-    u: Tensor
-    sigma: Tensor | None
-    v: Tensor
-    scale: float
 
 
 class SVDLinear(nn.Module):
@@ -62,7 +53,7 @@ class SVDLinear(nn.Module):
         in_features, out_features: K and N.
         rank: r, 0 <= r <= min(K, N).
         bias: whether there is a bias.
-        method: a name ("lora", "pissa", "sorsa") or a configuration of ``svdkern.methods``.
+        method: a name or a configuration of ``svdkern.methods``.
         alpha: s = alpha / rank; None means s = 1.
         dropout_p: dropout on the adapter branch's input while training, in [0, 1].
         device, dtype: of residual and bias.
@@ -75,7 +66,7 @@ class SVDLinear(nn.Module):
     dropout_p: float
     merged: bool
     base_dtype: torch.dtype
-    residual: nn.Parameter
+    residual: nn.Parameter | None
     u: nn.Parameter
     sigma: nn.Parameter | None
     core: nn.Parameter | None
@@ -105,10 +96,11 @@ class SVDLinear(nn.Module):
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        config, scale = method_named(method), scale_of(alpha, rank)
-        if rank != 0:
+        config = method_named(method)
+        scale = scale_of(alpha, rank, config)
+        if rank != 0 or config.composes:  # a plain branch of rank 0 is the frozen layer
             check_linear(linear, rank, config, scale, dropout_p, adapter_dtype)
-        self._fill(linear, config, initial_factors(linear, rank, config, scale, adapter_dtype), scale, dropout_p)
+        self._fill(linear, config, initial_start(linear, rank, config, scale, adapter_dtype), scale, dropout_p)
         self.cut_out()
 
     @classmethod
@@ -121,8 +113,11 @@ class SVDLinear(nn.Module):
         alpha: float | None = None,
         dropout_p: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
+        statistic: Tensor | None = None,
     ) -> SVDLinear:
         """An adapted layer that computes what ``linear`` computes, to the rounding of its weight's dtype.
+
+        (But for methods that mean to start elsewhere: docs/methods.md.)
 
         ``linear`` is left as it is: its weight is never written to (other modules may share it). For "lora" the
         residual shares the weight's storage; methods that change the residual make a new tensor. The bias shares its
@@ -132,41 +127,34 @@ class SVDLinear(nn.Module):
             linear: an ``nn.Linear`` with a float32, bfloat16, float16 or float64 weight.
             rank: r, 1 <= r <= min(in_features, out_features).
             method, alpha, dropout_p, adapter_dtype: as in ``SVDLinear``.
+            statistic: of data, for methods that need one (``svdkern.calibration``); ``svdkern.adapt`` collects it.
 
         Raises:
             TypeError: not a plain ``nn.Linear``, or a weight that is not a plain floating-point tensor.
             ValueError: rank out of range, a weight with NaN or infinity, an unknown method, a bad alpha or dropout_p.
         """
-        config, scale = method_named(method), scale_of(alpha, rank)
+        config = method_named(method)
+        scale = scale_of(alpha, rank, config)
         check_linear(linear, rank, config, scale, dropout_p, adapter_dtype)
-        factors = initial_factors(linear, rank, config, scale, adapter_dtype)
-        layer = cls.before_cut(linear, config, factors, scale, dropout_p)
+        start = initial_start(linear, rank, config, scale, adapter_dtype, statistic)
+        layer = cls.before_cut(linear, config, start, scale, dropout_p)
         layer.cut_out()
         return layer
 
     @classmethod
-    def before_cut(
-        cls,
-        linear: nn.Linear,
-        config: Method,
-        factors: Factors,
-        scale: float,
-        dropout_p: float,
-        initial: Initial | None = None,
-    ) -> SVDLinear:
-        """A layer with these factors, unchecked, whose residual still is ``linear``'s weight itself: ``cut_out`` is to
+    def before_cut(cls, linear: nn.Linear, config: Method, start: Start, scale: float, dropout_p: float) -> SVDLinear:
+        """A layer with this start, unchecked, whose residual still is ``linear``'s weight itself: ``cut_out`` is to
         follow.
 
-        It shares the storage of weight and bias, so it takes no memory but that of the factors. ``initial`` are the
-        factors to cut out of the weight where the method does so (default: a copy of ``factors``, in the method's ``start_dtype``).
+        It shares the storage of weight and bias, so it takes no memory but that of the start.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._fill(linear, config, factors, scale, dropout_p, initial)
+        layer._fill(linear, config, start, scale, dropout_p)
         return layer
 
     def cut_out(self, dtype: torch.dtype | None = None, hashes: tuple[bytes, bytes] | None = None) -> None:
-        """Put weight minus the initial product in the residual's place, which until now is the weight.
+        """Put weight minus the cut in the residual's place, which until now is the weight.
 
         A new tensor: the weight is not written to, and stays what the residual is if anything fails. Nothing to do for
         methods that keep the weight as it is.
@@ -175,42 +163,27 @@ class SVDLinear(nn.Module):
             dtype: what to cast the residual to (default: weight's dtype).
             hashes: SHA-256 of weight and residual, where they are known.
         """
-        weight = self.residual.detach()
-        if self.fingerprint is None or weight.is_meta:
+        if self.fingerprint is None or self.residual is None or self.residual.is_meta:
             return
-        initial = self.initial
-        assert initial is not None
-        cut = Factors(initial.u, initial.sigma, None, initial.v)
-        residual = residual_of(weight, self.config, cut, initial.scale).to(dtype or weight.dtype)
+        weight = self.residual.detach()
+        residual = residual_of(weight, self.config, self.initial).to(dtype or weight.dtype)
         hashes = hashes or (sha256(weight), sha256(residual))
         self.fingerprint.copy_(torch.stack([_bytes(digest) for digest in hashes]))
         self.residual = nn.Parameter(residual, requires_grad=False)
 
-    def _fill(
-        self,
-        linear: nn.Linear,
-        config: Method,
-        factors: Factors,
-        scale: float,
-        dropout_p: float,
-        initial: Initial | None = None,
-    ) -> None:
+    def _fill(self, linear: nn.Linear, config: Method, start: Start, scale: float, dropout_p: float) -> None:
         weight = linear.weight.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.config, self.dropout_p, self.base_dtype = config, float(dropout_p), weight.dtype
         self.merged = False
         self.training = linear.training
-        fingerprint = None
-        if config.changes_residual:
-            if initial is None:
-                start = config.start_dtype(weight.dtype, factors.u.dtype)
-                sigma = None if factors.sigma is None else factors.sigma.to(start, copy=True)
-                initial = Initial(factors.u.to(start, copy=True), sigma, factors.v.to(start, copy=True), scale)
-            fingerprint = torch.zeros(2, 32, dtype=torch.uint8, device=weight.device)
-        self.residual = nn.Parameter(weight, requires_grad=False)
-        for name, factor in factors._asdict().items():
+        self.register_parameter("residual", nn.Parameter(weight, requires_grad=False) if config.has_residual else None)
+        for name, tensor in start.factors.tensors().items():
             self.register_parameter(
-                name, None if factor is None else nn.Parameter(factor, requires_grad=name in config.trains)
+                name,
+                tensor  # one that layers share stays shared
+                if tensor is None or isinstance(tensor, nn.Parameter)
+                else nn.Parameter(tensor, requires_grad=name in config.trains),
             )
         self.register_parameter(
             "bias", None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -219,10 +192,13 @@ class SVDLinear(nn.Module):
         device = "cpu" if weight.is_meta else weight.device
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("kept", None, persistent=False)
-        self.register_buffer("fingerprint", fingerprint)
-        for name, value in zip(("u0", "sigma0", "v0"), initial[:3] if initial else (None,) * 3, strict=True):
+        cut = start.cut
+        self.register_buffer(
+            "fingerprint", torch.zeros(2, 32, dtype=torch.uint8, device=weight.device) if cut else None
+        )
+        for name, value in zip(("u0", "sigma0", "v0"), cut[:3] if cut else (None,) * 3, strict=True):
             self.register_buffer(name, value)
-        scale0 = torch.tensor(initial.scale, dtype=torch.float64, device=weight.device) if initial else None
+        scale0 = torch.tensor(cut.scale, dtype=torch.float64, device=weight.device) if cut else None
         self.register_buffer("scale0", scale0)
 
     # ----------------------------------------------------------------------------------------------- computation
@@ -231,6 +207,8 @@ class SVDLinear(nn.Module):
         """x (..., K) -> y (..., N). While merged: the frozen linear of the merged weight, no gradient for factors."""
         if self.merged:
             return self._merged_forward(x)
+        if self.config.composes:
+            return self._composed_forward(x)
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
         try:  # six attribute lookups through nn.Module.__getattr__ would cost 5 us
@@ -242,8 +220,18 @@ class SVDLinear(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         return svd_linear(x, residual, u, sigma, v, bias, scale=scale, core=core, dropout_p=dropout_p)
 
+    def _composed_forward(self, x: Tensor) -> Tensor:
+        """The method makes factors and gate of its parameters, in operations of its own, before the one call."""
+        factors = self.config.product(self)
+        gate, group = self.config.gate(self, x)
+        return svd_linear(
+            x, self.residual, factors.u, factors.sigma, factors.v, self.bias,
+            scale=self.scale, core=factors.core, gate=gate, group=group,
+            dropout_p=self.dropout_p if self.training else 0.0,
+        )  # fmt: skip
+
     def _merged_forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.residual
+        weight: Tensor = self._weight_or_residual()
         bias: Tensor | None = self.bias
         if x.dtype != weight.dtype and not autocast_is_on(x.device):
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -254,35 +242,54 @@ class SVDLinear(nn.Module):
         """The effective weight (N, K) in residual's dtype, computed now; differentiable in the factors until merged."""
         residual = self.residual
         if self.merged:
-            return residual
-        wide = torch.promote_types(residual.dtype, torch.float32)
-        with without_autocast(residual.device):
-            left = self.v.to(wide) * self.scale
-            if self.core is not None:
-                left = left @ self.core.to(wide).t()
-            elif self.sigma is not None:
-                left = left * self.sigma.to(wide)
-            return torch.addmm(residual.to(wide), left, self.u.to(wide).t()).to(residual.dtype)
+            return self._weight_or_residual()
+        dtype = self.base_dtype if residual is None else residual.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        u, sigma, core, v, _ = self._mergeable()
+        with without_autocast(u.device):
+            left = v.to(wide) * self.scale
+            if core is not None:
+                left = left @ core.to(wide).t()
+            elif sigma is not None:
+                left = left * sigma.to(wide)
+            right = u.to(wide).t()
+            product = left @ right if residual is None else torch.addmm(residual.to(wide), left, right)
+            return product.to(dtype)
+
+    def _weight_or_residual(self) -> Tensor:
+        assert self.residual is not None  # a merged layer has one
+        return self.residual
+
+    def _mergeable(self) -> Factors:
+        if not self.config.merges:
+            raise RuntimeError(f"{self.method}'s branch depends on the input: there is no one weight that equals it")
+        return self.config.product(self)
 
     @property
     def rank(self) -> int:
         """r, the width of the factors."""
-        return self.u.shape[1]
+        return self.config.rank_of(self)
 
     @property
     def method(self) -> str:
         """Name of the method; ``config`` is its configuration."""
         return self.config.name
 
+    def adapter(self) -> dict[str, Tensor]:
+        """The tensors of the method by name, trained and frozen: all of the layer but residual and bias."""
+        shapes = self.config.shapes(self.in_features, self.out_features, self.rank)
+        names = dict.fromkeys(("u", "sigma", "core", "v", *shapes))
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
     @property
-    def initial(self) -> Initial | None:
+    def initial(self) -> Cut | None:
         """The factors that were cut out of the original weight; None if the residual is that weight."""
         if self.u0 is None or self.v0 is None or self.scale0 is None:
             return None
-        return Initial(self.u0, self.sigma0, self.v0, float(self.scale0))
+        return Cut(self.u0, self.sigma0, self.v0, float(self.scale0))
 
     @property
-    def unmerged_residual(self) -> Tensor:
+    def unmerged_residual(self) -> Tensor | None:
         """The residual without the product, merged or not (RuntimeError after ``merge(keep=False)``)."""
         return self._kept_copy("that") if self.merged else self.residual
 
@@ -295,12 +302,17 @@ class SVDLinear(nn.Module):
         stays in memory (as much again as the weight), so that ``unmerge`` restores its exact bits; without it,
         ``unmerge``, ``state_dict`` and saving raise. A tensor that another module shares is not written to. Changes of
         the factors or of the scale of a merged layer take effect when it is unmerged.
+
+        Raises:
+            RuntimeError: the method's branch depends on the input.
         """
         if self.merged:
             return
+        u, sigma, core, v, _ = self._mergeable()
         residual = self.residual
-        merged = merged_weight(residual, self.u, self.sigma, self.v, self.scale, self.core)
-        parameter = nn.Parameter(merged, requires_grad=residual.requires_grad)
+        into = u.new_zeros(self.out_features, self.in_features, dtype=self.base_dtype) if residual is None else residual
+        merged = merged_weight(into, u, sigma, v, self.scale, core)
+        parameter = nn.Parameter(merged, requires_grad=into.requires_grad)
         # A new parameter, not new data in the old one: a graph that saved the old one must still see the old values.
         self._buffers["kept"] = residual if keep else None
         self.residual = parameter
@@ -315,14 +327,14 @@ class SVDLinear(nn.Module):
         if not self.merged:
             return
         kept = self._kept_copy("unmerge")
-        if not isinstance(kept, nn.Parameter):  # a cast or a move has made a plain tensor of it
-            kept = nn.Parameter(kept, requires_grad=self.residual.requires_grad)
+        if kept is not None and not isinstance(kept, nn.Parameter):  # a cast or a move has made a plain tensor of it
+            kept = nn.Parameter(kept, requires_grad=self._weight_or_residual().requires_grad)
         self.merged = False
         self.residual = kept
         self._buffers["kept"] = None
 
-    def _kept_copy(self, what: str) -> Tensor:
-        if self.kept is None:
+    def _kept_copy(self, what: str) -> Tensor | None:
+        if self.kept is None and self.config.has_residual:
             raise RuntimeError(_NO_COPY.format(what=what))
         return self.kept
 
@@ -333,12 +345,14 @@ class SVDLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if kept is not None:
             destination[prefix + "residual"] = kept if keep_vars else kept.detach()
+        elif self.merged:
+            del destination[prefix + "residual"]
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         """A state_dict is unmerged, so the layer is unmerged by loading one."""
-        if self.merged and self.kept is None and prefix + "residual" in state_dict:
+        if self.merged and self.kept is None and self.config.has_residual and prefix + "residual" in state_dict:
             self.merged = False  # what was dropped comes back with the state_dict
         elif self.merged:
             self.unmerge()
@@ -346,16 +360,18 @@ class SVDLinear(nn.Module):
             buffer, given = self._buffers[name], state_dict.get(prefix + name)
             if buffer is not None and given is not None and given.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(given.dtype)
+        for name, shape in self.config.shapes(self.in_features, self.out_features, self.rank).items():
+            given, held = state_dict.get(prefix + name), getattr(self, name)
+            if -1 in shape and given is not None and given.shape != held.shape and given.dim() == held.dim():
+                setattr(self, name, nn.Parameter(held.new_empty(given.shape), requires_grad=held.requires_grad))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVDLinear:
-        old = (
-            self.unmerged_residual.detach()
-            if self.fingerprint is not None and (not self.merged or self.kept is not None)
-            else None
-        )
+        old = None
+        if self.fingerprint is not None and (not self.merged or self.kept is not None):
+            old = None if self.unmerged_residual is None else self.unmerged_residual.detach()
         before = {name: self._buffers[name] for name in ("scale", "u0", "sigma0", "v0", "scale0")}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -366,8 +382,8 @@ class SVDLinear(nn.Module):
                 self._buffers[name] = buffer if after.is_meta else buffer.to(after.device)
             elif after.dtype != buffer.dtype:  # rounded initial factors would rebuild another residual
                 self._buffers[name] = buffer.to(after.device)
-        if old is not None:
-            self._recast_fingerprint(old, self.unmerged_residual.detach())
+        if old is not None and (new := self.unmerged_residual) is not None:
+            self._recast_fingerprint(old, new.detach())
         return self
 
     def _recast_fingerprint(self, old: Tensor, new: Tensor) -> None:

@@ -9,9 +9,7 @@ Layer: below ``cli``. Measuring is ``backends/measure.py``, keeping ``backends/t
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from svdkern import timing
 from svdkern.backends import choices, cpu, extension, triton, triton_tiles, triton_tune, tuned
 from svdkern.backends.measure import seconds_of_paths
 from svdkern.backends.table import DTYPES, PATHS, Row, Shape, Table, read_table, write_table
+from svdkern.model_files import ModelFiles
 
 SLOWEST = 1.0
 """Seconds of one forward and backward beyond which a path is not timed."""
@@ -240,46 +239,15 @@ def _tune_tiles(options: argparse.Namespace, parser: argparse.ArgumentParser, sh
 def weights_of_model(folder: Path) -> list[tuple[int, int]]:
     """(K, N) of the linear layers in a folder of safetensors files, read from their headers; each size once.
 
-    Two-dimensional floating tensors named ``*.weight``, without embeddings: those whose name says so, and those with as many
-    rows as ``config.json`` has words.
-
     Raises:
-        OSError: the folder or a file cannot be read.
-        ValueError: there are no such files, no such layers, or one is broken.
+        OSError, ValueError: as ``ModelFiles.open``; there are no such layers.
     """
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError("there is no *.safetensors file in this folder")
-    words = _vocabulary(folder / "config.json")
-    found: dict[tuple[int, int], None] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                    part = tensors.get_slice(name)
-                    size = part.get_shape()
-                    linear = name.endswith(".weight") and len(size) == 2 and part.get_dtype() in ("F32", "BF16", "F16")
-                    if linear and not _EMBEDDING.search(name) and size[0] != words and min(size) > 1:
-                        found[size[1], size[0]] = None
-        except SafetensorError as error:
-            raise ValueError(f"{file.name}: {error}") from error
+    files = ModelFiles.open(folder)
+    shapes = [stored.shape for name, stored in files.tensors.items() if files.is_linear(name)]
+    found = dict.fromkeys((k, n) for n, k in shapes if min(n, k) > 1)
     if not found:
         raise ValueError("there is no linear layer in its files (two-dimensional '*.weight')")
     return list(found)
-
-
-_EMBEDDING = re.compile(r"embed|lm_head|\bw[tp]e\b")
-
-
-def _vocabulary(config: Path) -> int | None:
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    size = found.get("vocab_size") if isinstance(found, dict) else None
-    return size if isinstance(size, int) else None
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def keys(path: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "pissa", "sorsa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_round_trip_has_the_same_bits(
@@ -290,7 +290,7 @@ def test_a_state_dict_in_a_new_process_can_still_be_saved_as_an_adapter(tmp_path
 # ------------------------------------------------------------------------------------------------------- casting
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "pissa", "sorsa"])
 def test_cast_after_adapting_reloads_to_the_bits_as_they_are(tmp_path: Path, method: str) -> None:
     """modelscope/ms-swift#9694 and the rounding of initial factors: model.to(bf16) after adapt, then save."""
     model = trained(method)

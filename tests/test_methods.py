@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -13,6 +12,7 @@ from svdkern.methods import METHODS, SORSA, LoRA, Method, PiSSA, method_named
 from svdkern.model import adapt, regularization
 from svdkern.nn import SVDLinear
 
+STARTS_AS_THE_WEIGHT = ["lora", "pissa", "sorsa", "svfit", "milora", "soma"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -26,7 +26,7 @@ def _product(method: Method, weight: torch.Tensor, rank: int, scale: float, dtyp
     return residual.double() + scale * (factors.v.double() * middle.double()) @ factors.u.double().t()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STARTS_AS_THE_WEIGHT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -91,22 +91,6 @@ def test_lora_starts_as_kaiming_and_zero() -> None:
     bound = 1 / math.sqrt(400)  # kaiming_uniform with a = sqrt 5
     assert 0.9 * bound < factors.u.abs().max() <= bound
     assert factors.u.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_trainable_parameters_is_what_trains(name: str) -> None:
-    method = METHODS[name]()
-    layer = SVDLinear.from_linear(nn.Linear(24, 16), 4, name)
-    trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
-    assert set(trained) == set(method.trains)
-    assert sum(p.numel() for p in trained.values()) == method.trainable_parameters(24, 16, 4)
-    assert "arXiv" in method.citation and method.published_rank > 0
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_configurations_are_frozen(name: str) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        METHODS[name]().name = "other"  # type: ignore[misc]
 
 
 def test_unknown_method_lists_the_nearest_first() -> None:

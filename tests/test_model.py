@@ -68,7 +68,7 @@ def unchanged(model: nn.Module, before: tuple) -> bool:  # type: ignore[type-arg
 # --------------------------------------------------------------------------------------------------------- adapt
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "pissa", "sorsa"])
 def test_adapt_keeps_the_function_and_freezes_the_rest(method: str) -> None:
     model = Net()
     y = model(IDS)
@@ -188,7 +188,7 @@ def test_adapted_layers_are_refused() -> None:
     assert unchanged(model, before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "pissa", "sorsa"])
 def test_half_precision_models(method: str) -> None:
     """huggingface/peft#1052: adapt a bf16 model, merge it back, compare with the original weights."""
     model = Net().bfloat16()
@@ -225,7 +225,7 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
 # --------------------------------------------------------------------------------------------------------- merge
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "pissa", "sorsa"])
 def test_merge_the_same_object_and_back(method: str) -> None:
     """EricLBuehler/candle-lora#26: merge worked on a clone, the model kept its old layers."""
     model = Net()
@@ -300,4 +300,4 @@ def test_modules_used_by_name_exist() -> None:
     """The hooks and functions that tests and the code reach into."""
     linear = nn.Linear(2, 2)
     assert all(name in vars(linear) for name in model_module._HOOKS)
-    assert svdkern.initialisation.scale_of(3, 9) == torch.tensor(1 / 3, dtype=torch.float32).item()
+    assert svdkern.initialisation.scale_of(3, 9, METHODS["lora"]()) == torch.tensor(1 / 3, dtype=torch.float32).item()

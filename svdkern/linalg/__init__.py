@@ -5,11 +5,16 @@ Layer: above the backends, below ``methods``. Everything here runs outside autog
 """
 
 from svdkern.linalg.factors import factors
+from svdkern.linalg.gradient import step_factors
 from svdkern.linalg.lowrank import randomized_svd, svd_lowrank
 from svdkern.linalg.merged import merged_weight
 from svdkern.linalg.orthogonality import orth_penalty
+from svdkern.linalg.polar import polar
+from svdkern.linalg.product import refactor, resvd
+from svdkern.linalg.projection import project_onto_, project_out_, soft_threshold_
 from svdkern.linalg.residual import exact_residual
 from svdkern.linalg.topk import SVDInfo, TopkSVD, topk_svd
+from svdkern.linalg.weighted import weighted_factors
 
 __all__ = [
     "SVDInfo",
@@ -18,7 +23,15 @@ __all__ = [
     "factors",
     "merged_weight",
     "orth_penalty",
+    "polar",
+    "project_onto_",
+    "project_out_",
     "randomized_svd",
+    "refactor",
+    "resvd",
+    "soft_threshold_",
+    "step_factors",
     "svd_lowrank",
     "topk_svd",
+    "weighted_factors",
 ]

@@ -1,18 +1,21 @@
 """The leading singular triplets of a weight, in this package's convention.
 
-Exact, not randomized (``exact.py``): a singular value of a half or float32 weight is within ``1e-8 sigma_1``, which
-``topk_svd`` in float32 does not promise.
+The short side decides. Up to 1024 the decomposition runs on one thread: LAPACK's small problems gain nothing from more, a model's
+layers can then be decomposed side by side, and the bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from svdkern.autocast import without_autocast
-from svdkern.linalg.exact import largest_triplets, with_signs
+from svdkern.linalg.exact import few_threads, with_signs
+from svdkern.linalg.filtered import leading_triplets, suits
+from svdkern.linalg.precision import full_precision
+from svdkern.linalg.topk import topk_svd
+
+_TOL = 1e-5  # as topk_svd's
+_ALIGNMENT = 64  # bytes, as PyTorch allocates
 
 
 @torch.no_grad()
@@ -22,10 +25,14 @@ def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     **Names**: this returns the package's convention, ``u`` on the *input* side, for a weight stored as ``nn.Linear``
     stores it. ``torch.linalg.svd(weight)`` calls the output side U; on square weights a swap would go unnoticed.
 
-    Equivalent to (up to signs, and rotations among equal singular values)::
+    Equivalent to (up to signs, rotations among equal singular values, and an error of sigma of the order of 1e-5)::
 
         p, s, qh = torch.linalg.svd(weight.float(), full_matrices=False)
         u, sigma, v = qh[:r].t(), s[:r], p[:, :r]
+
+    Algorithm: Chebyshev-filtered subspace iteration on the Gram matrix (``filtered.py``) where that is the fastest; else, and
+    where its float32 does not suffice, ``topk_svd`` with its default tolerance. Residuals are at most ``sqrt(1e-5)`` of the
+    first singular value that is left out. ``topk_svd`` reports residuals and takes another tolerance.
 
     Args:
         weight: (N, K); float32, bfloat16, float16 or float64, any strides, any device.
@@ -33,7 +40,8 @@ def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         u (K, r), sigma (r,), v (N, r): float32, or float64 for a float64 weight. sigma is sorted and >= 0; u and v have
-        orthonormal columns also where sigma is 0; the entry of largest magnitude of each column of u is positive.
+        orthonormal columns also where sigma is 0; the entry of largest magnitude of each column of u is positive. The same
+        weight gives the same bits every time, and up to a short side of 1024 with any number of threads.
 
     Raises:
         TypeError: weight is not floating-point.
@@ -45,13 +53,26 @@ def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         raise TypeError(f"weight is {weight.dtype}, expected float32, bfloat16, float16 or float64")
     if not 1 <= r <= min(weight.shape):
         raise ValueError(f"r is {r}, expected 1 <= r <= {min(weight.shape)} (weight is {tuple(weight.shape)})")
-    largest = max(abs(float(weight.amin())), abs(float(weight.amax())))
-    if not math.isfinite(largest):
-        raise ValueError("weight has a NaN or an infinity")
-    # A power of two brings the largest entry near 1, so that neither squares overflow nor small matrices vanish.
-    power = max(-1000, min(1000, math.frexp(largest)[1])) if largest else 0
-    with without_autocast(weight.device):
-        v, sigma, u, _ = largest_triplets(weight, r, math.ldexp(1.0, -power))
+    if weight.device.type == "cpu" and weight.data_ptr() % _ALIGNMENT:
+        weight = weight.clone()  # BLAS may add in another order where memory begins elsewhere, as in a file's mapping
+    with few_threads(min(weight.shape), weight.device):
+        found = _by_filter(weight, r)
+        if found is None:
+            v, sigma, u, _ = topk_svd(weight, r, tol=_TOL)
+        else:
+            u, sigma, v = found
     u, v = with_signs(u, v)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return u.to(dtype).contiguous(), (sigma * math.ldexp(1.0, power)).to(dtype), v.to(dtype).contiguous()
+    return u, sigma, v
+
+
+def _by_filter(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    tall = weight.shape[0] >= weight.shape[1]
+    matrix = weight if tall else weight.t()
+    if not suits(matrix, r):
+        return None
+    with full_precision(weight.device):
+        found = leading_triplets(matrix, r, _TOL, seed=0)
+    if found is None:
+        return None
+    u, v = (found.right, found.left) if tall else (found.left, found.right)
+    return u.float().contiguous(), found.sigma.float(), v.float().contiguous()

@@ -12,7 +12,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svdkern.methods.method import Factors, Method
+from svdkern.methods.method import Card, Factors, Method
+
+
+def kaiming(weight: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """(K, rank): the transposed ``lora_A.weight`` of a fresh LoRA, from torch's generator."""
+    lora_a = torch.empty(rank, weight.shape[1], device=weight.device)
+    if rank:
+        torch.nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    return lora_a.t().to(dtype).contiguous()
 
 
 @dataclass(frozen=True)
@@ -24,14 +32,10 @@ class LoRA(Method):
         "E. J. Hu, Y. Shen, P. Wallis, Z. Allen-Zhu, Y. Li, S. Wang, L. Wang, W. Chen: "
         "LoRA: Low-Rank Adaptation of Large Language Models. ICLR 2022, arXiv 2106.09685"
     )
+    card: ClassVar[Card] = Card("x W + s (x U) V^T", "U random (kaiming), V = 0; the weight's output", "r*(K + N)")
     published_rank: ClassVar[int] = 8
     trains: ClassVar[tuple[str, ...]] = ("u", "v")
-    has_sigma: ClassVar[bool] = False
-    changes_residual: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
     def factors(self, weight: Tensor, rank: int, scale: float, dtype: torch.dtype) -> Factors:
-        n, k = weight.shape
-        lora_a = torch.empty(rank, k, device=weight.device)
-        if rank:
-            torch.nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-        return Factors(lora_a.t().to(dtype).contiguous(), None, None, weight.new_zeros(n, rank, dtype=dtype))
+        return Factors(kaiming(weight, rank, dtype), None, None, weight.new_zeros(weight.shape[0], rank, dtype=dtype))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from svdkern import linalg
-from svdkern.methods.method import Factors, Method
+from svdkern.methods.method import Card, Factors, Method
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,14 @@ class PiSSA(Method):
         "F. Meng, Z. Wang, M. Zhang: PiSSA: Principal Singular Values and Singular Vectors Adaptation "
         "of Large Language Models. NeurIPS 2024, arXiv 2404.02948"
     )
+    card: ClassVar[Card] = Card(
+        "x W_res + s (x U) V^T",
+        "r leading triplets, sqrt(S/s) on both sides, cut out; the weight's output",
+        "r*(K + N)",
+        differs="Exact SVD; the residual is computed after the factors are rounded.",
+    )
     published_rank: ClassVar[int] = 128
     trains: ClassVar[tuple[str, ...]] = ("u", "v")
-    has_sigma: ClassVar[bool] = False
     changes_residual: ClassVar[bool] = True
 
     def check_scale(self, scale: float) -> None:

@@ -11,7 +11,7 @@ Their code adds that gradient after gradient clipping; adding the penalty to the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from svdkern import linalg
-from svdkern.methods.method import Factors, HasFactors, Method
+from svdkern.methods.method import Card, Factors, Layer, Method, total
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,20 @@ class SORSA(Method):
         "Y. Cao: SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation "
         "of Large Language Models. arXiv 2409.00055, 2024"
     )
+    card: ClassVar[Card] = Card(
+        "x W_res + s ((x U) * sigma) V^T",
+        "r leading triplets, sigma apart, cut out; the weight's output",
+        "r*(K + N + 1)",
+        penalty="gamma / learning_rate times the mean over all U and V of norm(F^T F - I)",
+        differs="The penalty is part of the loss; `MethodCallback` adds its gradient after clipping, as the authors do.",
+    )
     published_rank: ClassVar[int] = 128
     trains: ClassVar[tuple[str, ...]] = ("u", "sigma", "v")
     has_sigma: ClassVar[bool] = True
     changes_residual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma is {self.gamma}, expected >= 0")
+        super().__post_init__()
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, expected > 0")
 
@@ -55,9 +61,6 @@ class SORSA(Method):
         u, s, v = linalg.factors(weight.detach(), rank)
         return Factors(u.to(dtype), s.to(dtype), None, v.to(dtype))
 
-    def penalty(self, layers: Iterable[HasFactors]) -> Tensor | None:
+    def penalty(self, layers: Sequence[Layer]) -> Tensor | None:
         norms = [linalg.orth_penalty(factor) for layer in layers for factor in (layer.u, layer.v)]
-        if not norms:
-            return None
-        device = norms[0].device
-        return (self.gamma / self.learning_rate) * torch.stack([norm.to(device) for norm in norms]).mean()
+        return (self.gamma / self.learning_rate) * total(norms) / len(norms) if norms else None

@@ -1,0 +1,136 @@
+"""RandLoRA: an update of full rank from frozen random bases, of which only diagonal scales train.
+
+    dW^T = s sum_b B_b diag(lambda_b) A diag(gamma_b)          b = 1 ... n = ceil(min(K, N) / r)
+    A (r, min(K, N)), B_b (max(K, N), r) random and frozen; where N < K the sum is transposed
+    lambda = 0, gamma = 1 / max(n, min(K, N))          trains lambda (n, r), gamma (n, min(K, N))
+
+A smaller r trains *more* numbers. The bases are a function of ``seed`` (Philox, uniform with variance 1), the same for all
+layers of a model, held once for a shape, and not saved. The scaled copies of A are made at every call.
+
+``compat="official"`` pairs A and B as the authors' code and PEFT do: they flatten A with the rank first and B with the basis
+first, so that column (b, j) of B meets lambda, A and gamma of another (b', j'). The update still has full rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from svdkern.backends.philox import philox4x32
+from svdkern.methods.method import Card, Compat, Factors, Layer, Method, shared
+
+Bases = Literal["dense", "sparse", "very_sparse"]
+_CHUNK_ELEMENTS = 1 << 20
+_LOW = 0xFFFFFFFF
+
+
+def random_basis(
+    rows: int, columns: int, kind: Bases, share: float, seed: int, stream: int, device: torch.device
+) -> Tensor:
+    """(rows, columns) float32 of mean 0 and variance 1; element (i, j) depends on i, j, seed and stream alone.
+
+    "dense": uniform. Otherwise +-1 with probability ``share / 2`` each, else 0, divided by ``sqrt(share)``.
+    """
+    out = torch.empty(rows, columns, device=device)
+    group = torch.arange(-(-columns // 4), device=device)
+    key = torch.tensor(seed & _LOW, device=device), torch.tensor((seed >> 32) & _LOW, device=device)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    height = max(1, _CHUNK_ELEMENTS // max(columns, 1))
+    for first in range(0, rows, height):
+        row = torch.arange(first, min(first + height, rows), device=device).unsqueeze(1)
+        words = torch.stack(philox4x32((row, group, zero + stream, zero), key, rounds=10), dim=-1)
+        uniform = (words.flatten(1)[:, :columns].double() + 0.5) / 2.0**32
+        if kind == "dense":
+            made = (2.0 * uniform - 1.0) * math.sqrt(3.0)
+        else:
+            made = ((uniform > 1.0 - share / 2).double() - (uniform < share / 2).double()) / math.sqrt(share)
+        out[first : first + height] = made
+    return out
+
+
+@dataclass(frozen=True)
+class RandLoRA(Method):
+    """RandLoRA (Albert et al., 2025). Published: rank 32, alpha 640.
+
+    Args:
+        seed: of the bases.
+        bases: "dense", "sparse" (+-1 with probability 1/6 each, else 0), or "very_sparse" (1 / (2 sqrt(min(K, N))) each).
+        compat: "paper", or "official" for the pairing of the authors' code and PEFT.
+    """
+
+    seed: int = 0
+    bases: Bases = "dense"
+    compat: Compat = "paper"
+
+    name: ClassVar[str] = "randlora"
+    citation: ClassVar[str] = (
+        "P. Albert, F. Z. Zhang, H. Saratchandran, C. Rodriguez-Opazo, A. van den Hengel, E. Abbasnejad: RandLoRA: "
+        "Full-Rank Parameter-Efficient Fine-Tuning of Large Models. ICLR 2025, arXiv 2502.00987"
+    )
+    card: ClassVar[Card] = Card(
+        "x W + s sum_b (((x diag(gamma_b) A^T) * lambda_b) B_b^T",
+        "A, B random and frozen, lambda = 0, gamma = 1 / max(n, min(K, N)); the weight's output",
+        "ceil(min(K, N) / r)*(min(K, N) + r)",
+        differs='The code pairs columns of A and B of different bases: `compat="official"`. Bases come from '
+        "Philox and are divided by the standard deviation of their distribution, not of the sample.",
+    )
+    published_rank: ClassVar[int] = 32
+    trains: ClassVar[tuple[str, ...]] = ("sigma", "gamma")
+    draws: ClassVar[bool] = True
+    composes: ClassVar[bool] = True
+    derived: ClassVar[tuple[str, ...]] = ("u", "v")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bases not in get_args(Bases):
+            raise ValueError(f"bases is {self.bases!r}, expected one of {', '.join(get_args(Bases))}")
+
+    def shapes(self, in_features: int, out_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        short = min(in_features, out_features)
+        n = -(-short // max(rank, 1))
+        a, b = (short, rank), (max(in_features, out_features), n * rank)
+        u, v = (a, b) if in_features <= out_features else (b, a)
+        return {"u": u, "v": v, "sigma": (n * rank,), "gamma": (n, short)}
+
+    def rank_of(self, layer: Layer) -> int:
+        return min(layer.u.shape[1], layer.v.shape[1])
+
+    def derive(
+        self, in_features: int, out_features: int, rank: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        shapes = self.shapes(in_features, out_features, rank)
+        short = min(in_features, out_features)
+        share = 1 / math.sqrt(short) if self.bases == "very_sparse" else 1 / 3
+        wide = "v" if in_features <= out_features else "u"
+        made: dict[str, Tensor] = {}
+        for name in ("u", "v"):
+            rows, columns = shapes[name]
+
+            def basis(rows: int = rows, columns: int = columns, stream: int = int(name == wide)) -> Tensor:
+                return random_basis(rows, columns, self.bases, share, self.seed, stream, device).to(dtype)
+
+            made[name] = shared((self, name == wide, share, rows, columns, dtype, device), basis)
+        return made
+
+    def factors(self, weight: Tensor, rank: int, scale: float, dtype: torch.dtype) -> Factors:
+        n, k = weight.shape
+        bases, shapes = self.derive(k, n, rank, dtype, weight.device), self.shapes(k, n, rank)
+        gamma = weight.new_full(shapes["gamma"], 1 / max(shapes["gamma"]), dtype=dtype)
+        sigma = weight.new_zeros(shapes["sigma"], dtype=dtype)
+        return Factors(bases["u"], sigma, None, bases["v"], {"gamma": gamma})
+
+    def product(self, layer: Layer) -> Factors:
+        narrow_input = layer.in_features <= layer.out_features
+        a = layer.u if narrow_input else layer.v  # (min, r)
+        scales = layer.gamma.t()  # (min, n)
+        if self.compat == "official":
+            scaled = a.unsqueeze(2) * scales.unsqueeze(1)  # column j n + b
+        else:
+            scaled = a.unsqueeze(1) * scales.unsqueeze(2)  # column b r + j
+        scaled = scaled.flatten(1)
+        u, v = (scaled, layer.v) if narrow_input else (layer.u, scaled)
+        return Factors(u, layer.sigma, None, v)

@@ -1,0 +1,132 @@
+"""SST, sparse spectral training: the weight is its SVD; all singular values train, and of the vectors a sample.
+
+    y = ((x U) * sigma) V^T + b,  no W          U, sigma, V from the SVD of the weight, k = min(K, N) triplets
+    trains sigma (k), and r columns of U and V: k + r (K + N) numbers
+    gradients of the columns:  dL/dW v_i and dL/dW^T u_i, those of the product divided by sigma_i
+    after a step:  sigma <- max(sigma, 0), the columns <- unit norm
+    every ``interval`` steps:  other r columns, drawn with p_i = (1/k + sigma_i / sum sigma) / 2
+    every ceil(k / r) intervals (a round):  the SVD of the present product
+
+The columns that train are parameters of their own, so that gradients and optimizer states have their size. While sigma_i is
+exactly 0 its columns stand still (the paper's gradient is a limit there). Use no weight decay on them. The lengths of interval
+and round are not verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from svdkern import linalg
+from svdkern.methods.method import Card, Factors, Layer, Method, forget
+
+
+@dataclass(frozen=True)
+class SST(Method):
+    """Sparse Spectral Training (Zhao et al., 2025). Published: rank 64.
+
+    Args:
+        interval: steps between two draws of columns.
+    """
+
+    interval: int = 200
+
+    name: ClassVar[str] = "sst"
+    citation: ClassVar[str] = (
+        "J. Zhao, Y. Zhang, X. Li, H. Liu, C. V. Cannistraci: Sparse Spectral Training and Inference on Euclidean and Hyperbolic "
+        "Neural Networks. ICML 2025, arXiv 2405.15481"
+    )
+    card: ClassVar[Card] = Card(
+        "((x U) * sigma) V^T, no W",
+        "all triplets of the weight; the weight's output",
+        "min(K, N) + r*(K + N)",
+        hooks="after a step: sigma >= 0, unit columns; every interval other columns; every round an SVD of the product",
+        differs="The lengths of interval and round are not verified. The gradients of all columns are computed, then gathered. The "
+        "warm-up of the learning rate after a draw is the caller's.",
+    )
+    published_rank: ClassVar[int] = 64
+    trains: ClassVar[tuple[str, ...]] = ("sigma", "u_active", "v_active")
+    draws: ClassVar[bool] = True
+    has_residual: ClassVar[bool] = False
+    composes: ClassVar[bool] = True
+    integers: ClassVar[tuple[str, ...]] = ("active",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.interval < 1:
+            raise ValueError(f"interval is {self.interval}, expected >= 1")
+
+    def check_scale(self, scale: float) -> None:
+        if scale != 1.0:
+            raise ValueError(f"scale is {scale}, expected 1 (leave alpha out): the product is the whole weight")
+
+    def shapes(self, in_features: int, out_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        k = min(in_features, out_features)
+        return {
+            "u": (in_features, k), "sigma": (k,), "v": (out_features, k),
+            "u_active": (in_features, rank), "v_active": (out_features, rank), "active": (rank,),
+        }  # fmt: skip
+
+    def rank_of(self, layer: Layer) -> int:
+        return layer.active.shape[0]
+
+    def factors(self, weight: Tensor, rank: int, scale: float, dtype: torch.dtype) -> Factors:
+        u, s, v = (factor.to(dtype) for factor in linalg.factors(weight.detach(), min(weight.shape)))
+        active = self._draw(s, rank)
+        extra = {"u_active": u[:, active].clone(), "v_active": v[:, active].clone(), "active": active}
+        return Factors(u, s, None, v, extra)
+
+    @staticmethod
+    def _draw(sigma: Tensor, count: int) -> Tensor:
+        values = sigma.double()
+        share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return torch.multinomial((1.0 / len(values) + share) / 2, count, replacement=False).sort().values
+
+    def product(self, layer: Layer) -> Factors:
+        u = layer.u.index_copy(1, layer.active, layer.u_active)
+        return Factors(u, layer.sigma, None, layer.v.index_copy(1, layer.active, layer.v_active))
+
+    @torch.no_grad()
+    def on_backward_end(self, layers: Sequence[Layer], step: int) -> None:
+        for layer in layers:
+            assert layer.sigma is not None
+            sigma = layer.sigma[layer.active]
+            inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
+            for grad in (layer.u_active.grad, layer.v_active.grad):
+                if grad is not None:
+                    grad.mul_(inverse)
+
+    def on_step_end(self, layers: Sequence[Layer], step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        for layer in layers:
+            assert layer.sigma is not None
+            layer.sigma.clamp_(min=0.0)
+            for columns in (layer.u_active, layer.v_active):
+                columns.div_(torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(columns.dtype).tiny))
+            if step % self.interval == 0:
+                rounds = -(-layer.sigma.shape[0] // layer.active.shape[0])
+                self._next(layer, optimizer, new_round=step // self.interval % rounds == 0)
+
+    def on_round_end(self, layers: Sequence[Layer], optimizer: torch.optim.Optimizer | None) -> None:
+        for layer in layers:
+            self._next(layer, optimizer, new_round=True)
+
+    def _next(self, layer: Layer, optimizer: torch.optim.Optimizer | None, new_round: bool) -> None:
+        """Put the active columns back, decompose again if a round is over, and draw others."""
+        sigma = layer.sigma
+        assert sigma is not None
+        layer.u.index_copy_(1, layer.active, layer.u_active)
+        layer.v.index_copy_(1, layer.active, layer.v_active)
+        if new_round:
+            u, s, v = linalg.resvd(layer.u, sigma, layer.v)
+            layer.u.copy_(u)
+            sigma.copy_(s)
+            layer.v.copy_(v)
+            forget(optimizer, sigma)
+        layer.active.copy_(self._draw(sigma, layer.active.shape[0]))
+        layer.u_active.copy_(layer.u[:, layer.active])
+        layer.v_active.copy_(layer.v[:, layer.active])
+        forget(optimizer, layer.u_active, layer.v_active)

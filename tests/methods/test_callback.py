@@ -1,0 +1,99 @@
+"""``MethodCallback`` in a real Trainer against the loop written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from recipes import batch, data_for, net
+from torch import Tensor, nn
+
+import svdkern
+from svdkern.methods import OSF, SST, CoDyRA, KaSA, Method, SoMA
+
+pytestmark = pytest.mark.peer
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+pytest.importorskip("accelerate", reason="needs accelerate, as transformers.Trainer does")
+
+METHODS = [
+    KaSA(beta=0.1, gamma=0.1),
+    OSF(),
+    CoDyRA(kappa=5.0, total_steps=4, dense_share=0.0),
+    SST(interval=2),
+    SoMA(total_steps=4),
+]
+
+
+class Model(nn.Module):
+    """The test net with the output that a Trainer expects."""
+
+    def __init__(self, config: Method) -> None:
+        super().__init__()
+        self.net = net()
+        torch.manual_seed(0)
+        svdkern.adapt(self.net, config, rank=3, data=data_for(config))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": nn.functional.mse_loss(self.net(x), labels)}
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: config.name)
+def test_a_trainer_with_the_callback_is_the_hand_written_loop(config: Method, tmp_path: Path) -> None:
+    from svdkern.integrations.transformers import MethodCallback
+
+    data = batch()
+    samples = [{"x": x, "labels": y} for x, y in zip(data["x"], data["target"], strict=True)]
+    mine, theirs = Model(config), Model(config)
+    torch.manual_seed(3)  # for what hooks draw
+    optimizer = torch.optim.AdamW([p for p in mine.parameters() if p.requires_grad], lr=0.01, weight_decay=0.05)
+    hooks = svdkern.Hooks(mine, optimizer)
+    for _ in range(4):
+        for sample in samples:  # gradient accumulation over two batches of one sample
+            (mine(sample["x"][None], sample["labels"][None])["loss"] / 2).backward()
+        nn.utils.clip_grad_norm_([p for p in mine.parameters() if p.requires_grad], 0.05)
+        penalty = svdkern.regularization(mine)
+        if penalty.requires_grad:
+            penalty.backward()
+        hooks.on_backward_end()
+        optimizer.step()
+        hooks.on_step_end()
+        optimizer.zero_grad()
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4,
+        max_grad_norm=0.05, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, seed=3,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    callback = MethodCallback(theirs)
+    given = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.01, weight_decay=0.05)
+    constant = torch.optim.lr_scheduler.LambdaLR(given, lambda step: 1.0)
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *args):  # type: ignore[no-untyped-def]
+            return torch.utils.data.SequentialSampler(samples)
+
+        def train(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            torch.manual_seed(3)
+            return super().train(*args, **kwargs)
+
+    InOrder(theirs, arguments, train_dataset=samples, callbacks=[callback], optimizers=(given, constant)).train()
+    assert callback.hooks.step == 4 == hooks.step
+    if config.name == "sst":  # the Trainer draws numbers of its own in between
+        assert not torch.equal(theirs.net.up.active, Model(config).net.up.active)
+        assert torch.allclose(theirs.net.up.u_active.norm(dim=0), torch.ones(3), atol=1e-5)
+        return
+    for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name
+    assert given.param_groups[0]["weight_decay"] == pytest.approx(optimizer.param_groups[0]["weight_decay"])
+
+
+def test_a_penalty_in_the_loss_is_not_added_twice() -> None:
+    from svdkern.integrations.transformers import MethodCallback
+
+    model = Model(KaSA(beta=1.0))
+    callback = MethodCallback(model, penalty=False)
+    callback.on_pre_optimizer_step(None, None, None)
+    assert all(p.grad is None for p in model.parameters())
+    MethodCallback(model).on_pre_optimizer_step(None, None, None)
+    assert torch.allclose(model.net.up.sigma.grad, 2 * model.net.up.sigma)

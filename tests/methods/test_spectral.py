@@ -1,0 +1,186 @@
+"""KaSA, SVFit, LoRA-XS, MiLoRA, SoMA: their identities."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from recipes import adapted, batch, dense, layer_of, net, train
+from torch import Tensor, nn
+
+import svdkern
+from svdkern.linalg import orth_penalty
+from svdkern.methods import KaSA, LoRAXS, SoMA
+from svdkern.methods.svfit import rank_holding
+
+SHAPES = [(12, 9), (9, 12), (10, 10)]
+
+
+def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.linalg.svd(weight.double(), full_matrices=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- KaSA
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+@pytest.mark.parametrize("alpha", [None, 8.0])
+def test_kasa_drops_the_smallest_triplets(k: int, n: int, alpha: float | None) -> None:
+    layer, weight = layer_of("kasa", k, n, 3, alpha=alpha)
+    p, s, qh = svd(weight)
+    kept = (p[:, :-3] * s[:-3]) @ qh[:-3]
+    assert torch.allclose(dense(layer), kept, atol=1e-6)
+    assert torch.linalg.matrix_rank(layer.residual.double(), atol=1e-5) == min(k, n) - 3
+    assert layer.v.abs().max() == 0 and layer.sigma.abs().min() > 0
+
+
+@pytest.mark.parametrize(("k", "n", "dropped"), [(12, 9, 0), (9, 12, 3), (10, 10, 3), (10, 9, 2)])
+def test_kasa_official_keeps_in_features_minus_rank(k: int, n: int, dropped: int) -> None:
+    layer, weight = layer_of(KaSA(compat="official"), k, n, 3)
+    p, s, qh = svd(weight)
+    keep = min(k - 3, min(k, n))  # svd_rank = in_features - r, as a slice
+    assert torch.allclose(dense(layer), (p[:, :keep] * s[:keep]) @ qh[:keep], atol=1e-6)
+    assert layer.u0.shape[1] == dropped == min(k, n) - keep
+    assert torch.equal(layer.residual, weight) == (dropped == 0)
+
+
+@pytest.mark.parametrize("compat", ["paper", "official"])
+def test_kasa_penalty_and_its_gradient_in_float64(compat: str) -> None:
+    model = net(dtype=torch.float64)
+    svdkern.adapt(model, KaSA(beta=0.2, gamma=0.3, compat=compat), rank=3, adapter_dtype=torch.float64)
+    train(model, 2, data=batch(dtype=torch.float64))
+    model.zero_grad()
+    value = svdkern.regularization(model)
+    reference = torch.zeros((), dtype=torch.float64)
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    for name in ("up", "down"):
+        a, b, sigma = leaves[f"{name}.u"].t(), leaves[f"{name}.v"], leaves[f"{name}.sigma"]
+        if compat == "paper":
+            l3 = (b.t() @ b - torch.eye(3)).norm() + (a @ a.t() - torch.eye(3)).norm()
+        else:
+            l3 = (b @ b.t() - torch.eye(b.shape[0])).norm() + (a.t() @ a - torch.eye(a.shape[1])).norm()
+        reference = reference + 0.2 * sigma.square().sum() + 0.3 * l3
+    if compat == "official":
+        reference = reference / 2
+    assert value.dtype == torch.float64 and value.item() == pytest.approx(reference.item(), rel=1e-12)
+    value.backward()
+    reference.backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(p.grad, leaves[name].grad, atol=1e-12), name
+
+
+@pytest.mark.parametrize("gram", ["inner", "outer"])
+def test_orthonormality_gradient(gram: str) -> None:
+    factor = torch.randn(11, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: orth_penalty(f, gram), factor)
+    zero = torch.zeros(11, 4, requires_grad=True)
+    orth_penalty(zero, gram).backward()
+    assert zero.grad.abs().max() == 0
+    with pytest.raises(ValueError, match="gram is 'both'"):
+        orth_penalty(zero, "both")  # type: ignore[arg-type]
+
+
+def test_kasa_refuses_to_drop_everything() -> None:
+    with pytest.raises(ValueError, match="rank is 9, expected 1 <= rank < 9"):
+        layer_of("kasa", 12, 9, 9)
+
+
+# --------------------------------------------------------------------------------------------------------- SVFit
+
+
+def test_svfit_trains_singular_values_alone_and_saves_no_activation() -> None:
+    layer, weight = layer_of("svfit", 64, 48, 4)
+    assert torch.allclose(layer.sigma.double(), svd(weight)[1][:4], rtol=1e-6)
+    kept: list[int] = []
+    x = torch.randn(7, 64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        y = layer(x)
+    y.sum().backward()
+    assert layer.sigma.grad is not None and layer.u.grad is None and layer.v.grad is None
+    assert x.numel() not in kept and y.numel() not in kept
+
+
+def test_rank_holding() -> None:
+    q, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
+    weight = q @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)) @ q.t()
+    assert [rank_holding(weight, share, "values") for share in (0.49, 0.74, 0.76, 0.99)] == [1, 2, 3, 4]
+    assert [rank_holding(weight, share, "squares") for share in (0.7, 0.73, 0.92, 0.99)] == [1, 2, 3, 4]
+    for arguments in ({"share": 0.0}, {"share": 1.1}, {"measure": "sum"}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            rank_holding(weight, **arguments)
+
+
+# ------------------------------------------------------------------------------------------------------- LoRA-XS
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+@pytest.mark.parametrize("which", ["top", "bottom"])
+def test_lora_xs_core_stands_between_the_singular_vectors(k: int, n: int, which: str) -> None:
+    """MohammadrezaBanaei/LoRA-XS#1: a core that is not symmetric, on layers that are not square."""
+    layer, weight = layer_of(LoRAXS(which=which), k, n, 3, alpha=6.0)
+    assert torch.equal(layer.residual, weight) and 0 < layer.core.abs().max() < 1e-4
+    p, s, qh = svd(weight)
+    chosen = slice(0, 3) if which == "top" else slice(min(k, n) - 3, None)
+    left, right = p[:, chosen], qh[chosen] * s[chosen, None]
+    assert torch.allclose(layer.v.double() @ layer.u.double().t(), left @ right, atol=1e-6)
+    assert torch.allclose(layer.v.t() @ layer.v, torch.eye(3), atol=1e-5)
+    core = torch.randn(3, 3)
+    with torch.no_grad():
+        layer.core.copy_(core)
+    x = torch.randn(5, k)
+    lora_a, latent, lora_b = layer.u.t(), core.t(), layer.v  # nn.Linear layouts of the authors' three modules
+    linear = nn.functional.linear
+    y = linear(x, weight, layer.bias) + 2.0 * linear(linear(linear(x, lora_a), latent), lora_b)
+    assert torch.allclose(layer(x), y, atol=1e-5)
+    layer(x).sum().backward()
+    assert layer.core.grad is not None and layer.u.grad is None and layer.v.grad is None
+
+
+# ---------------------------------------------------------------------------------------------- MiLoRA and SoMA
+
+
+@pytest.mark.parametrize("method", ["milora", "soma"])
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_minor_triplets_train(method: str, k: int, n: int) -> None:
+    layer, weight = layer_of(method, k, n, 3, alpha=6.0)
+    p, s, qh = svd(weight)
+    minor = (p[:, -3:] * s[-3:]) @ qh[-3:]
+    assert torch.allclose(2.0 * layer.v.double() @ layer.u.double().t(), minor, atol=1e-6)
+    assert torch.allclose(layer.u.double().square().sum(0), s[-3:] / 2, rtol=1e-4)
+    assert torch.allclose(layer.v.double().square().sum(0), s[-3:] / 2, rtol=1e-4)
+    assert torch.allclose(dense(layer), weight.double(), atol=1e-6)
+
+
+def test_minor_triplets_of_a_singular_weight() -> None:
+    """pytorch/pytorch#181641: zero singular values, where directions are arbitrary, start as the weight all the same."""
+    linear = nn.Linear(9, 6, bias=False)
+    with torch.no_grad():
+        linear.weight[3:] = linear.weight[:3]
+    for method in ("milora", "kasa"):
+        layer = svdkern.SVDLinear.from_linear(linear, 2, method)
+        assert torch.allclose(dense(layer), linear.weight.double(), atol=1e-6)
+
+
+def test_soma_anneals_the_weight_decay_of_groups_that_have_one() -> None:
+    model = adapted(SoMA(weight_decay=0.05, final_weight_decay=1e-5, total_steps=4))
+    optimizer = torch.optim.AdamW(
+        [{"params": [model.up.u], "weight_decay": 0.05}, {"params": [model.up.v], "weight_decay": 0.0}]
+    )
+    hooks = svdkern.Hooks(model, optimizer)
+    seen = []
+    for _ in range(6):
+        hooks.on_step_end()
+        seen.append(optimizer.param_groups[0]["weight_decay"])
+    cosine = [1e-5 + (0.05 - 1e-5) * (1 + math.cos(math.pi * t / 4)) / 2 for t in (1, 2, 3, 4, 4, 4)]
+    assert seen == pytest.approx(cosine) and optimizer.param_groups[1]["weight_decay"] == 0.0
+    again = svdkern.Hooks(model, optimizer)
+    again.load_state_dict({"step": 1})
+    again.on_step_end()
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(cosine[1])
+
+
+def test_hooks_need_an_adapted_model() -> None:
+    with pytest.raises(ValueError, match="Net has no adapted layer"):
+        svdkern.Hooks(net())
