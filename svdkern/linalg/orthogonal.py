@@ -97,8 +97,12 @@ def new_directions(
     # What is left of a column that lies in the basis' span is rounding error in that span.
     before = float(torch.linalg.vector_norm(x, dim=0).max())
     project_out(basis, x)
-    lengths, vectors = _principal(x)
     noise = max(noise, 16 * torch.finfo(x.dtype).eps * before)
+    if width == x.shape[1]:
+        block = _well_conditioned(x, noise)
+        if block is not None:
+            return block, width, None
+    lengths, vectors = _principal(x)
     significant = min(int((lengths > noise).sum()), width)
     if significant == x.shape[1]:
         block, fallback = orthonormal(x)
@@ -120,6 +124,20 @@ def new_directions(
         block = _householder(block)
     how = "householder" if significant == x.shape[1] else "random directions"
     return block, significant, how
+
+
+def _well_conditioned(x: Tensor, noise: float) -> Tensor | None:
+    """CholeskyQR2 of an x whose columns are all well above ``noise`` and about as long as each other, else None."""
+    triangle, failed = torch.linalg.cholesky_ex(gram(x))
+    diagonal = triangle.diagonal()
+    if bool(failed) or not bool(diagonal.min() > max(0.03 * float(diagonal.max()), 8 * noise)):
+        return None
+    block = torch.linalg.solve_triangular(triangle.t().to(x.dtype), x, upper=True, left=False)
+    excess = torch.mm(block.t(), block)
+    excess.diagonal().sub_(1)
+    if not bool(excess.abs().max() < 1e-3):
+        return None
+    return block - torch.mm(block, excess / 2)  # (I + excess)^-1/2 to second order: no second triangle needed
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
