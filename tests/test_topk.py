@@ -152,13 +152,13 @@ def test_a_tighter_tolerance_takes_more_passes() -> None:
 @pytest.mark.parametrize("method", ["krylov", "exact"])
 def test_scale(scale: float, method: str) -> None:
     a = (MATRICES["power"][0]() * scale).float()
-    check(a, 6, topk_svd(a, 6, method=method), tol=1e-5)
+    check(a, 6, topk_svd(a, 6, method=method), tol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e300])
 def test_scale_of_float64(scale: float) -> None:
     a = MATRICES["power"][0]() * scale
-    check(a, 6, topk_svd(a, 6, method="krylov"), tol=1e-5)
+    check(a, 6, topk_svd(a, 6, method="krylov"), tol=1e-4)
 
 
 def test_a_power_of_two_changes_no_bit() -> None:
@@ -213,7 +213,7 @@ def test_half_precision_is_read_as_it_is(dtype: torch.dtype, method: str, transp
     a = a.t() if transposed else a
     found = topk_svd(a, 8, method=method)
     assert found.S.dtype == torch.float32
-    check(a, 8, found, tol=1e-5)
+    check(a, 8, found, tol=1e-4)
 
 
 class _Largest(TorchDispatchMode):
@@ -249,7 +249,7 @@ def test_strides(method: str) -> None:
     base = torch.randn(420, 660, generator=_generator(), dtype=torch.float64).float()
     base[:, ::2] += with_spectrum(420, 330, 40 * _index(6)).float()
     for a in (base[:, ::2], base[::2], base.t()[::3], base[:, :200].t(), base[0].expand(220, 660)):
-        check(a, 5, topk_svd(a, 5, method=method), tol=1e-5)
+        check(a, 5, topk_svd(a, 5, method=method), tol=1e-4)
         same = topk_svd(a.contiguous(), 5, method=method)
         assert torch.allclose(same.S, topk_svd(a, 5, method=method).S, rtol=1e-5, atol=1e-5 * float(same.S[0]))
 
@@ -344,7 +344,7 @@ def test_a_warm_start_takes_fewer_passes(shape: tuple[int, int]) -> None:
 def test_a_warm_start_that_leads_nowhere_is_overcome() -> None:
     a = with_spectrum(300, 260, _index(260) ** -0.5).float()
     worst = torch.linalg.svd(a)[2][-20:].t()
-    check(a, 5, topk_svd(a, 5, method="krylov", v0=worst), tol=1e-5)
+    check(a, 5, topk_svd(a, 5, method="krylov", v0=worst), tol=1e-4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

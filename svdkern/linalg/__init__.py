@@ -4,6 +4,7 @@ Layer: above the backends, below ``methods``. Everything here runs outside autog
 ``orth_penalty``, which is differentiable.
 """
 
+from svdkern.linalg.certificate import Certificate
 from svdkern.linalg.factors import factors
 from svdkern.linalg.lowrank import randomized_svd, svd_lowrank
 from svdkern.linalg.merged import merged_weight
@@ -12,6 +13,7 @@ from svdkern.linalg.residual import exact_residual
 from svdkern.linalg.topk import SVDInfo, TopkSVD, topk_svd
 
 __all__ = [
+    "Certificate",
     "SVDInfo",
     "TopkSVD",
     "exact_residual",

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from svdkern.linalg.certificate import DELTA, Certificate, bound_of_the_rest, certificate, probe
 from svdkern.linalg.operand import Operator
 from svdkern.linalg.orthogonal import new_directions, project_out
 from svdkern.linalg.sketch import sketch
@@ -42,6 +43,7 @@ class Leading:
     restarts: int
     passes: int
     fallbacks: tuple[str, ...]
+    certificate: Certificate | None
 
 
 @dataclass
@@ -96,6 +98,7 @@ def leading(
     max_passes: int,
     seed: int,
     start: Tensor | None = None,
+    certify: bool = False,
 ) -> Leading:
     """The k leading triplets of ``operator``.
 
@@ -105,9 +108,11 @@ def leading(
         tol: stop when every ``residual_i^2 <= tol * next_value^2``, or when it is rounding error.
         max_passes: products with the operator or its transpose; the best triplets until then are returned.
         start: (columns, p) of a subspace that is close to the wanted one.
+        certify: probes what was not found (``certificate.py``), at the cost of a few more products.
     """
     random = _Random(operator, seed)
     space = Space(operator, capacity)
+    probing = (lambda right: probe(operator, right, seed)) if certify else None
     q = _first_block(operator, min(block, operator.columns), random, start)
     schedule, steps, restarts = _Schedule(), 0, 0
     suspected: Tensor | None = None  # the values at which more of a multiple one were looked for
@@ -131,7 +136,7 @@ def leading(
             if exhausted or spent or excess <= 1:
                 if _steep(operator, values, k, tol):
                     space.keep_images()
-                found = space.triplets(k, (values, vectors))
+                found = space.triplets(k, (values, vectors), probing)
                 converged = _accepts(operator, found, tol, exhausted)
                 if not converged and (excess <= 1 or exhausted) and not space.keeps_images:
                     space.keep_images()
@@ -140,9 +145,10 @@ def leading(
                 multiple = block < k and not exhausted and _has_run(found.sigma, block, suspected)
                 if exhausted or spent or (converged and not multiple):
                     accepted = converged and not multiple
+                    certified = _certify(operator, found, steps, seed) if certify else None
                     return Leading(
                         found.left, found.sigma, found.right, found.residuals, found.next_value, accepted,
-                        steps, restarts, operator.passes, tuple(random.fallbacks),
+                        steps, restarts, operator.passes, tuple(random.fallbacks), certified,
                     )  # fmt: skip
                 schedule.due = steps + 1
                 if converged:
@@ -212,6 +218,13 @@ def _accepts(operator: Operator, found: Ritz, tol: float, exhausted: bool) -> bo
     noise = operator.noise(float(found.sigma[0]))
     allowed = max(math.sqrt(tol) * found.next_value, noise * (4 if exhausted else 1))
     return bool((found.residuals <= allowed).all())
+
+
+def _certify(operator: Operator, found: Ritz, steps: int, seed: int) -> Certificate:
+    omega, *products = found.probed or (probe(operator, found.right, seed),)
+    first = (products[0], products[1]) if products else None
+    rest = bound_of_the_rest(operator, found.right, omega, first, 1 + steps // 8, DELTA)
+    return certificate(found.sigma, found.coupling, rest, operator.noise(float(found.sigma[0])), DELTA)
 
 
 def _has_run(sigma: Tensor, block: int, suspected: Tensor | None) -> bool:

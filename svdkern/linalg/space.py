@@ -8,6 +8,7 @@ float64, whose error is that of C itself, ``eps sigma_1``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,10 @@ class Ritz(NamedTuple):
     right: Tensor
     next_value: float
     residuals: Tensor
+    coupling: Tensor
+    """(k, k) the Gram matrix of ``C^T left - right diag(sigma)``; the residuals are the roots of its diagonal."""
+    probed: tuple[Tensor, Tensor, Tensor] | None = None
+    """A probe of what is left of C, and both products with it."""
 
 
 class Space:
@@ -94,14 +99,25 @@ class Space:
         self._projected = torch.diag(values[:keep])
         self.width = keep
 
-    def triplets(self, k: int, ritz: tuple[Tensor, Tensor]) -> Ritz:
-        """The k leading Ritz triplets; ``ritz`` is this space's ``ritz()``."""
-        return self._from_images(k) if self.keeps_images else self._from_products(k, *ritz)
+    def triplets(self, k: int, ritz: tuple[Tensor, Tensor], probe: Callable[[Tensor], Tensor] | None = None) -> Ritz:
+        """The k leading Ritz triplets; ``ritz`` is this space's ``ritz()``.
 
-    def _from_products(self, k: int, squares: Tensor, vectors: Tensor) -> Ritz:
+        Args:
+            probe: makes more columns to be multiplied, from the right vectors; they share the products where it can be.
+        """
+        return self._from_images(k) if self.keeps_images else self._from_products(k, *ritz, probe)
+
+    def _from_products(
+        self, k: int, squares: Tensor, vectors: Tensor, probe: Callable[[Tensor], Tensor] | None
+    ) -> Ritz:
         operator = self._operator
         right = _orthonormal64(self.basis @ vectors[:, :k].to(self._basis.device, self._basis.dtype))
-        image, back = (t.to(torch.float64) for t in operator.both(right.to(operator.dtype)))
+        columns = right.to(operator.dtype)
+        if probe is not None:
+            columns = torch.cat([columns, probe(right)], dim=1)
+        images, backs = operator.both(columns)
+        probed = None if probe is None else (columns[:, k:], images[:, k:], backs[:, k:])
+        image, back = images[:, :k].to(torch.float64), backs[:, :k].to(torch.float64)
         if operator.dtype == torch.float64:
             q, triangle = torch.linalg.qr(image)
             left, sigma, turn = small_svd(triangle)
@@ -112,9 +128,8 @@ class Space:
             sigma, turn = values.clamp(min=torch.finfo(torch.float64).tiny).sqrt().flip(0), turn.flip(1)
             left = (image @ turn) / sigma
         right = right @ turn
-        residuals = torch.linalg.vector_norm((back @ turn) / sigma - right * sigma, dim=0)
         next_value = float(squares[k].clamp(min=0).sqrt()) if k < squares.numel() else 0.0
-        return Ritz(left, sigma, right, next_value, residuals)
+        return _with_residuals(left, sigma, right, next_value, (back @ turn) / sigma, probed)
 
     def _from_images(self, k: int) -> Ritz:
         assert self._images is not None
@@ -137,8 +152,21 @@ class Space:
             left, sigma, turn = small_svd(triangle)
         left, right = q @ left, right @ turn
         back = self._operator.transposed(left.to(self._operator.dtype)).to(torch.float64)
-        residuals = torch.linalg.vector_norm(back - right * sigma, dim=0)
-        return Ritz(left, sigma, right, next_value, residuals)
+        return _with_residuals(left, sigma, right, next_value, back, None)
+
+
+def _with_residuals(
+    left: Tensor,
+    sigma: Tensor,
+    right: Tensor,
+    next_value: float,
+    back: Tensor,
+    probed: tuple[Tensor, Tensor, Tensor] | None,
+) -> Ritz:
+    """``back`` is ``C^T left``."""
+    rest = back - right * sigma
+    coupling = rest.t() @ rest
+    return Ritz(left, sigma, right, next_value, coupling.diagonal().sqrt(), coupling, probed)
 
 
 def _orthonormal64(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from svdkern.linalg.certificate import Certificate, certificate
 from svdkern.linalg.exact import Triplets, largest_triplets, residual_norms, smallest_triplets, with_signs
 from svdkern.linalg.krylov import leading
 from svdkern.linalg.operand import Operand
@@ -50,6 +51,8 @@ class SVDInfo:
     converged: bool
     """Whether every residual is at most ``sqrt(tol) * next_value``, or rounding error."""
     fallbacks: tuple[str, ...]
+    certificate: Certificate | None
+    """With ``certify=True``: bounds, and the probability that they are wrong."""
 
 
 class TopkSVD(NamedTuple):
@@ -67,11 +70,12 @@ def topk_svd(
     k: int,
     *,
     which: Which = "largest",
-    tol: float | Preset = 1e-5,
+    tol: float | Preset = 1e-4,
     method: Method = "auto",
     seed: int = 0,
     max_passes: int = 200,
     v0: Tensor | None = None,
+    certify: bool = False,
 ) -> TopkSVD:
     """The k largest or smallest singular triplets: ``A ~ U @ diag(S) @ V.T``.
 
@@ -94,13 +98,16 @@ def topk_svd(
         k: number of triplets, 1 <= k <= min(m, n).
         which: "largest" or "smallest".
         tol: the Krylov method stops when every ``residuals[i]^2 <= tol * next_value^2``, or when a residual is rounding error.
-            A singular value's relative error is then of the order of ``tol`` or less. "fast" is 5e-2, "balanced" 1e-3,
+            A singular value's relative error is then of the order of ``tol``: less where a gap follows, a few times more in the
+            middle of a dense spectrum. "fast" is 5e-2, "balanced" 1e-3,
             "accurate" 1e-6.
         method: "auto", "krylov" or "exact".
         seed: of the random start. The same seed gives the same bits on the same machine and number of threads.
         max_passes: products with A or its transpose after which the Krylov method gives what it has (``info.converged``
             says so), once it has k triplets at all.
         v0: (n, p), columns near the wanted right singular vectors, to start from.
+        certify: fills ``info.certificate``: a random probe of ``A (I - V V^T)`` bounds what may have been missed, and the residuals
+            bound the rest; takes a few more products. "largest" alone.
 
     Returns:
         U (m, k), S (k,) descending and >= 0, V (n, k), info: float32, or float64 for a float64 A. U and V have orthonormal
@@ -111,6 +118,8 @@ def topk_svd(
         ValueError: A is not a matrix or has a NaN or an infinity, or an argument is out of its range.
     """
     tolerance = _check(A, k, which, tol, method, seed, max_passes, v0)
+    if certify and which != "largest":
+        raise ValueError(f"certify is True with which={which!r}, expected the largest: the inverse is not probed")
     with full_precision(A.device):
         tall = A.shape[0] >= A.shape[1]
         operand = Operand(A if tall else A.t(), "A")
@@ -118,27 +127,38 @@ def topk_svd(
             short = operand.columns
             method = "exact" if short <= _EXACT_SIDE or k > short // _KRYLOV_SHARE else "krylov"
         if method == "exact":
-            found, info = _exact(operand, k, which, tolerance, seed)
+            found, info = _exact(operand, k, which, tolerance, seed, certify)
         else:
             start = None if v0 is None else _start(operand, v0, tall)
-            found, info = _krylov(operand, k, which, tolerance, seed, max_passes, start)
+            found, info = _krylov(operand, k, which, tolerance, seed, max_passes, start, certify)
     u, v = (found.left, found.right) if tall else (found.right, found.left)
     u, v = with_signs(u, v)
     sigma = (found.sigma * math.ldexp(1.0, operand.power)).to(operand.dtype)
     return TopkSVD(u.to(operand.dtype).contiguous(), sigma, v.to(operand.dtype).contiguous(), info)
 
 
-def _exact(operand: Operand, k: int, which: str, tol: float, seed: int) -> tuple[Triplets, SVDInfo]:
+def _exact(operand: Operand, k: int, which: str, tol: float, seed: int, certify: bool) -> tuple[Triplets, SVDInfo]:
     find = largest_triplets if which == "largest" else smallest_triplets
     found = find(operand.matrix, k, operand.factor)
     if which == "smallest" and k == operand.columns:
         found = found._replace(next_value=math.inf)
     residuals = residual_norms(operand.matrix, found, operand.factor)
-    return found, _info(operand, found, residuals, "exact", which, tol, seed, True, ())
+    certified = None
+    if certify:  # nothing is left to chance: the Gram matrix's rounding error is all
+        noise = max(operand.noise(0), 1e-7 * operand.norm)
+        certified = certificate(found.sigma, torch.diag(residuals.square()), found.next_value, noise, 0.0)
+    return found, _info(operand, found, residuals, "exact", which, tol, seed, True, (), certified)
 
 
 def _krylov(
-    operand: Operand, k: int, which: str, tol: float, seed: int, max_passes: int, start: Tensor | None
+    operand: Operand,
+    k: int,
+    which: str,
+    tol: float,
+    seed: int,
+    max_passes: int,
+    start: Tensor | None,
+    certify: bool,
 ) -> tuple[Triplets, SVDInfo]:
     block = _block(k, operand)
     if start is not None:
@@ -146,8 +166,9 @@ def _krylov(
     capacity = min(operand.columns, max(6 * k, 12 * block))
     if which == "largest":
         got = leading(
-            operand, k, block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start
-        )
+            operand, k, block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start,
+            certify=certify,
+        )  # fmt: skip
         found = Triplets(got.left, got.sigma, got.right, got.next_value)
     else:
         if start is not None:
@@ -157,7 +178,7 @@ def _krylov(
             block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start,
         )  # fmt: skip
     return found, _info(
-        operand, found, got.residuals, "krylov", which, tol, seed, got.converged, got.fallbacks,
+        operand, found, got.residuals, "krylov", which, tol, seed, got.converged, got.fallbacks, got.certificate,
         block=block, steps=got.steps, restarts=got.restarts, passes=got.passes,
     )  # fmt: skip
 
@@ -172,6 +193,7 @@ def _info(
     seed: int,
     converged: bool,
     fallbacks: tuple[str, ...],
+    certified: Certificate | None,
     *,
     block: int = 0,
     steps: int = 0,
@@ -184,6 +206,7 @@ def _info(
         method=method, which=which, tol=tol, seed=seed, block=block, steps=steps, restarts=restarts, passes=passes,
         residuals=residuals.to("cpu") * scale, next_value=found.next_value * scale, tail=tail * scale,
         converged=converged, fallbacks=fallbacks,
+        certificate=None if certified is None else certified.scaled(scale),
     )  # fmt: skip
 
 
