@@ -7,6 +7,7 @@ BENCHES = {
     "memory": "what a layer's forward and backward add to memory",
     "accuracy": "errors against fp64 on easy and hard numbers",
     "init": "the SVD that initialises an adapter: seconds against accuracy",
+    "topk": "a few singular triplets of a large matrix: seconds against accuracy",
     "ceilings": "what this machine can do at most",
     "roofline": "the floor and the predicted time of each design, for a GPU or CPU",
     "blocks": "whether the CPU kernels' block sizes are right for this CPU",

@@ -38,6 +38,7 @@ CASE = {  # what names a case, bench by bench, provider included
     "memory": ("provider", "dtype", "M", "K", "N", "r"),
     "accuracy": ("provider", "dtype", "factor_dtype", "data", "M", "K", "N", "r"),
     "init": ("provider", "dtype", "matrix", "N", "K", "r"),
+    "topk": ("provider", "dtype", "matrix", "which", "N", "K", "r"),
     "ceilings": ("provider", "dtype"),
     "blocks": ("provider", "dtype", "value", "M", "K", "N", "r"),
 }
@@ -48,6 +49,7 @@ MEASURED = {
     "memory": ("peak_extra_mb", "over_frozen_mb", "seed"),
     "accuracy": ("err_y", "err_dx", "err_du", "err_dv", "worst_y", "err_vs_fp64", "err_limit", "seed"),
     "init": (*TIMING, "err_vs_best", "err_sigma", "same_again", "seed"),
+    "topk": (*TIMING, "err_sigma", "seed"),
     "ceilings": ("value", "unit"),
     "blocks": ("what", "shipped", "ratio_to_shipped", *TIMING),
 }

@@ -12,8 +12,8 @@
 // shape alone, each with a z of its own; those are added in order at the end, so no bit depends on the number of
 // threads. Sums of a piece start at zero: chains of additions are short.
 //
-// Workspace: for each slot (L, b) of fp32, at most 16; for each thread one panel, half a MB or 28 rows. Floor: one read
-// of a, 4 M L b operations.
+// Workspace: up to 16 slots of (L, b) fp32, about 8 MB; for each thread one panel, half a MB or 28 rows. Floor: one
+// read of a, 4 M L b operations.
 #pragma once
 
 #include "engine.h"
@@ -37,7 +37,8 @@ class NormalPass {
   template <class T>
   void run() {
     const int64_t panels = (rows_ + height_ - 1) / height_;
-    const int64_t wanted = larger<int64_t>(1, smaller(most_slots, rows_ * length_ / slot_elements));
+    const int64_t fit = larger<int64_t>(least_slots, slots_elements / (padded_ * wide_));
+    const int64_t wanted = larger<int64_t>(1, smaller(smaller(most_slots, fit), rows_ * length_ / slot_elements));
     const int64_t each = larger<int64_t>(1, (panels + wanted - 1) / wanted);  // panels of a slot
     const int64_t slots = (panels + each - 1) / each;
     Scratch scratch;
@@ -71,7 +72,8 @@ class NormalPass {
   static constexpr int64_t tile = Fma::tile_rows;
   static constexpr int64_t most_height = 112, panel_elements = 1 << 17;  // half a MB: with x and z in the L2
   static constexpr int64_t piece = W == 16 ? 96 : 128;                   // of x: stays in L1 while the rows pass
-  static constexpr int64_t most_slots = 16, slot_elements = 1 << 21;
+  // slots: one for 2 million elements of a, at most 8 MB of z unless those are fewer than 4
+  static constexpr int64_t least_slots = 4, most_slots = 16, slot_elements = 1 << 21, slots_elements = 1 << 21;
 
   static void copy_row(const float* from, int64_t n, float* to, int64_t padded) {
     std::memcpy(to, from, n * sizeof(float));

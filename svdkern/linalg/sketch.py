@@ -20,7 +20,7 @@ from svdkern.backends.philox import philox4x32
 
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
-_CHUNK_ELEMENTS = 1 << 18  # int64 words made at a time
+_CHUNK_ELEMENTS = 1 << 15  # int64 words made at a time
 
 
 def sketch(rows: int, columns: int, *, seed: int, first: int = 0, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -23,7 +23,8 @@ _COLUMNS_AT_ONCE = 128  # of the basis, multiplied when images are wanted after 
 
 
 class Ritz(NamedTuple):
-    """``C right = left diag(sigma)`` in float64, the next Ritz value, and ``|C^T left_i - sigma_i right_i|``."""
+    """``C right = left diag(sigma)``, float64 (left: C's dtype is enough), the next Ritz value, and
+    ``|C^T left_i - sigma_i right_i|``."""
 
     left: Tensor
     sigma: Tensor
@@ -117,19 +118,21 @@ class Space:
             columns = torch.cat([columns, probe(right)], dim=1)
         images, backs = operator.both(columns)
         probed = None if probe is None else (columns[:, k:], images[:, k:], backs[:, k:])
-        image, back = images[:, :k].to(torch.float64), backs[:, :k].to(torch.float64)
+        image = images[:, :k]
         if operator.dtype == torch.float64:
             q, triangle = torch.linalg.qr(image)
             left, sigma, turn = small_svd(triangle)
             left = q @ left
         else:  # float32 images' values differ by a ratio whose square float64 holds
+            squared = gram(image)
             with few_threads(k, operator.device):
-                values, turn = torch.linalg.eigh(image.t() @ image)
+                values, turn = torch.linalg.eigh(squared)
             sigma, turn = values.clamp(min=torch.finfo(torch.float64).tiny).sqrt().flip(0), turn.flip(1)
-            left = (image @ turn) / sigma
+            left = _times64(image, turn / sigma, operator.dtype)
+        back = backs[:, :k].to(torch.float64) @ (turn / sigma)
         right = right @ turn
         next_value = float(squares[k].clamp(min=0).sqrt()) if k < squares.numel() else 0.0
-        return _with_residuals(left, sigma, right, next_value, (back @ turn) / sigma, probed)
+        return _with_residuals(left, sigma, right, next_value, back, probed)
 
     def _from_images(self, k: int) -> Ritz:
         assert self._images is not None
@@ -176,10 +179,10 @@ def _orthonormal64(x: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(triangle, x, upper=True, left=False)
 
 
-def _times64(x: Tensor, coordinates: Tensor) -> Tensor:
-    """``x @ coordinates`` in float64, a panel of x upcast at a time."""
-    out = torch.empty(x.shape[0], coordinates.shape[1], dtype=torch.float64, device=x.device)
+def _times64(x: Tensor, coordinates: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``x @ coordinates`` in float64, a panel of x upcast at a time, rounded to ``dtype``."""
+    out = torch.empty(x.shape[0], coordinates.shape[1], dtype=dtype, device=x.device)
     step = max(1, _PANEL_ELEMENTS // max(1, x.shape[1]))
     for start in range(0, x.shape[0], step):
-        torch.mm(x[start : start + step].to(torch.float64), coordinates, out=out[start : start + step])
+        out[start : start + step] = x[start : start + step].to(torch.float64) @ coordinates
     return out

@@ -132,9 +132,9 @@ def topk_svd(
             start = None if v0 is None else _start(operand, v0, tall)
             found, info = _krylov(operand, k, which, tolerance, seed, max_passes, start, certify)
     u, v = (found.left, found.right) if tall else (found.right, found.left)
-    u, v = with_signs(u, v)
+    u, v = with_signs(u.to(operand.dtype), v.to(operand.dtype))
     sigma = (found.sigma * math.ldexp(1.0, operand.power)).to(operand.dtype)
-    return TopkSVD(u.to(operand.dtype).contiguous(), sigma, v.to(operand.dtype).contiguous(), info)
+    return TopkSVD(u.contiguous(), sigma, v.contiguous(), info)
 
 
 def _exact(operand: Operand, k: int, which: str, tol: float, seed: int, certify: bool) -> tuple[Triplets, SVDInfo]:
