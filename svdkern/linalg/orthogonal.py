@@ -14,14 +14,20 @@ from torch import Tensor
 
 from svdkern.linalg.exact import small_svd
 
-_PANEL_ELEMENTS = 1 << 20  # float64 elements
+_PANEL_ELEMENTS, _DEVICE_ELEMENTS = 1 << 16, 1 << 22  # float64 elements upcast at a time: 512 KB, in the L2; a GPU's
+
+
+def panel_height(x: Tensor) -> int:
+    """Rows of x that are upcast at a time."""
+    elements = _PANEL_ELEMENTS if x.device.type == "cpu" else _DEVICE_ELEMENTS
+    return max(1, elements // max(1, x.shape[1]))
 
 
 def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
     """``x^T y`` (``x^T x``) in float64, a panel of rows upcast at a time."""
     y = x if y is None else y
     out = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
-    step = max(1, _PANEL_ELEMENTS // max(1, x.shape[1]))
+    step = panel_height(x)
     for start in range(0, x.shape[0], step):
         left = x[start : start + step].to(torch.float64)
         right = left if y is x else y[start : start + step].to(torch.float64)

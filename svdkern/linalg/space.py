@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdkern.linalg.exact import few_threads, small_svd
+from svdkern.linalg.exact import few_threads, orthonormal64, small_svd
 from svdkern.linalg.operand import Operator
-from svdkern.linalg.orthogonal import gram, project_out
+from svdkern.linalg.orthogonal import gram, panel_height, project_out
 
-_PANEL_ELEMENTS = 1 << 20  # float64 elements
 _COLUMNS_AT_ONCE = 128  # of the basis, multiplied when images are wanted after all
 
 
@@ -112,7 +111,7 @@ class Space:
         self, k: int, squares: Tensor, vectors: Tensor, probe: Callable[[Tensor], Tensor] | None
     ) -> Ritz:
         operator = self._operator
-        right = _orthonormal64(self.basis @ vectors[:, :k].to(self._basis.device, self._basis.dtype))
+        right = orthonormal64(self.basis @ vectors[:, :k].to(self._basis.device, self._basis.dtype))
         columns = right.to(operator.dtype)
         if probe is not None:
             columns = torch.cat([columns, probe(right)], dim=1)
@@ -172,17 +171,10 @@ def _with_residuals(
     return Ritz(left, sigma, right, next_value, coupling.diagonal().sqrt(), coupling, probed)
 
 
-def _orthonormal64(x: Tensor) -> Tensor:
-    """Nearly orthonormal columns made orthonormal in float64."""
-    x = x.to(torch.float64)
-    triangle = torch.linalg.cholesky(x.t() @ x).t()
-    return torch.linalg.solve_triangular(triangle, x, upper=True, left=False)
-
-
 def _times64(x: Tensor, coordinates: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """``x @ coordinates`` in float64, a panel of x upcast at a time, rounded to ``dtype``."""
     out = torch.empty(x.shape[0], coordinates.shape[1], dtype=dtype, device=x.device)
-    step = max(1, _PANEL_ELEMENTS // max(1, x.shape[1]))
+    step = panel_height(x)
     for start in range(0, x.shape[0], step):
         out[start : start + step] = x[start : start + step].to(torch.float64) @ coordinates
     return out

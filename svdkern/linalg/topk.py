@@ -91,7 +91,7 @@ def topk_svd(
     Algorithm: a block Krylov method (``krylov.py``), on the inverse for the smallest (``smallest.py``); for a short side up to
     1024 or ``k`` above an eighth of it the exact method (``exact.py``). Products are made in float32 (float64 for a float64 A),
     never in TF32 and never under autocast; half precision is read panel by panel, without a copy of A. The smallest triplets
-    need a float64 factorisation of A's size.
+    need a factorisation of A's size in float32, or in float64 where that does not do.
 
     Args:
         A: (m, n); float32, bfloat16, float16 or float64, any strides, any device.
@@ -171,8 +171,6 @@ def _krylov(
         )  # fmt: skip
         found = Triplets(got.left, got.sigma, got.right, got.next_value)
     else:
-        if start is not None:
-            start = start.to(torch.float64)
         found, got = smallest(
             operand.matrix, k, operand.factor, operand.norm,
             block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start,
