@@ -6,6 +6,7 @@ Layer: above the backends, below ``methods``. Everything here runs outside autog
 
 from svdkern.linalg.certificate import Certificate
 from svdkern.linalg.factors import factors
+from svdkern.linalg.implicit import LinearOperator
 from svdkern.linalg.lowrank import randomized_svd, svd_lowrank
 from svdkern.linalg.merged import merged_weight
 from svdkern.linalg.orthogonality import orth_penalty
@@ -14,6 +15,7 @@ from svdkern.linalg.topk import SVDInfo, TopkSVD, topk_svd
 
 __all__ = [
     "Certificate",
+    "LinearOperator",
     "SVDInfo",
     "TopkSVD",
     "exact_residual",

@@ -223,7 +223,7 @@ def _accepts(operator: Operator, found: Ritz, tol: float, exhausted: bool) -> bo
 def _certify(operator: Operator, found: Ritz, steps: int, seed: int) -> Certificate:
     omega, *products = found.probed or (probe(operator, found.right, seed),)
     first = (products[0], products[1]) if products else None
-    rest = bound_of_the_rest(operator, found.right, omega, first, 1 + steps // 8, DELTA)
+    rest = bound_of_the_rest(operator, found.right, omega, first, 1 + steps // 12, DELTA)
     return certificate(found.sigma, found.coupling, rest, operator.noise(float(found.sigma[0])), DELTA)
 
 

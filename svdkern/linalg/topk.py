@@ -11,6 +11,7 @@ from torch import Tensor
 
 from svdkern.linalg.certificate import Certificate, certificate
 from svdkern.linalg.exact import Triplets, largest_triplets, residual_norms, smallest_triplets, with_signs
+from svdkern.linalg.implicit import Implicit, LinearOperator
 from svdkern.linalg.krylov import leading
 from svdkern.linalg.operand import Operand
 from svdkern.linalg.precision import full_precision
@@ -22,6 +23,7 @@ Preset = Literal["fast", "balanced", "accurate"]
 TOLERANCES: dict[str, float] = {"fast": 5e-2, "balanced": 1e-3, "accurate": 1e-6}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_OPERATOR_DTYPES = (torch.float32, torch.float64)
 _EXACT_SIDE = 1024  # up to this short side the exact method takes as long as the Krylov method's small problems
 _KRYLOV_SHARE = 8  # above a share of 1/8 of the short side the basis is as large as the matrix
 
@@ -66,7 +68,7 @@ class TopkSVD(NamedTuple):
 
 @torch.no_grad()
 def topk_svd(
-    A: Tensor,
+    A: Tensor | LinearOperator,
     k: int,
     *,
     which: Which = "largest",
@@ -94,7 +96,8 @@ def topk_svd(
     need a factorisation of A's size in float32, or in float64 where that does not do.
 
     Args:
-        A: (m, n); float32, bfloat16, float16 or float64, any strides, any device.
+        A: (m, n); float32, bfloat16, float16 or float64, any strides, any device. Or an operator (``LinearOperator``), of which the
+            largest triplets can be had, by the Krylov method, with ``info.tail`` from an estimate of its norm.
         k: number of triplets, 1 <= k <= min(m, n).
         which: "largest" or "smallest".
         tol: the Krylov method stops when every ``residuals[i]^2 <= tol * next_value^2``, or when a residual is rounding error.
@@ -120,13 +123,17 @@ def topk_svd(
     tolerance = _check(A, k, which, tol, method, seed, max_passes, v0)
     if certify and which != "largest":
         raise ValueError(f"certify is True with which={which!r}, expected the largest: the inverse is not probed")
-    with full_precision(A.device):
-        tall = A.shape[0] >= A.shape[1]
-        operand = Operand(A if tall else A.t(), "A")
+    if not isinstance(A, Tensor) and (which != "largest" or method == "exact"):
+        raise ValueError(f"which is {which!r} and method {method!r} of an operator, expected 'largest' by 'krylov'")
+    tall = A.shape[0] >= A.shape[1]
+    with full_precision(A.device if isinstance(A, Tensor) else torch.device(getattr(A, "device", "cpu"))):
+        operand = Operand(A if tall else A.t(), "A") if isinstance(A, Tensor) else Implicit(A, "A")
         if method == "auto":
             short = operand.columns
-            method = "exact" if short <= _EXACT_SIDE or k > short // _KRYLOV_SHARE else "krylov"
+            exact = isinstance(A, Tensor) and (short <= _EXACT_SIDE or k > short // _KRYLOV_SHARE)
+            method = "exact" if exact else "krylov"
         if method == "exact":
+            assert isinstance(operand, Operand)
             found, info = _exact(operand, k, which, tolerance, seed, certify)
         else:
             start = None if v0 is None else _start(operand, v0, tall)
@@ -151,7 +158,7 @@ def _exact(operand: Operand, k: int, which: str, tol: float, seed: int, certify:
 
 
 def _krylov(
-    operand: Operand,
+    operand: Operand | Implicit,
     k: int,
     which: str,
     tol: float,
@@ -171,6 +178,7 @@ def _krylov(
         )  # fmt: skip
         found = Triplets(got.left, got.sigma, got.right, got.next_value)
     else:
+        assert isinstance(operand, Operand)
         found, got = smallest(
             operand.matrix, k, operand.factor, operand.norm,
             block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start,
@@ -182,7 +190,7 @@ def _krylov(
 
 
 def _info(
-    operand: Operand,
+    operand: Operand | Implicit,
     found: Triplets,
     residuals: Tensor,
     method: str,
@@ -208,13 +216,13 @@ def _info(
     )  # fmt: skip
 
 
-def _block(k: int, operand: Operand) -> int:
+def _block(k: int, operand: Operand | Implicit) -> int:
     """Narrow blocks cost more a column in the BLAS, wide ones more columns: from 16 (64 on a GPU) to 64 (96)."""
     least, most = (16, 64) if operand.device.type == "cpu" else (64, 96)
     return min(max(least, min(most, -(-k // 16) * 16)), operand.columns)
 
 
-def _start(operand: Operand, v0: Tensor, tall: bool) -> Tensor:
+def _start(operand: Operand | Implicit, v0: Tensor, tall: bool) -> Tensor:
     """v0 on the short side, where the basis lives, its columns of length 1."""
     start = v0.to(operand.device, operand.dtype)
     start = start if tall else operand.transposed(start)
@@ -226,13 +234,24 @@ def _start(operand: Operand, v0: Tensor, tall: bool) -> Tensor:
 
 
 def _check(
-    A: Tensor, k: int, which: str, tol: float | str, method: str, seed: int, max_passes: int, v0: Tensor | None
+    A: Tensor | LinearOperator,
+    k: int,
+    which: str,
+    tol: float | str,
+    method: str,
+    seed: int,
+    max_passes: int,
+    v0: Tensor | None,
 ) -> float:
-    if not isinstance(A, Tensor):
-        raise TypeError(f"A is a {type(A).__name__}, expected a tensor")
-    if A.dtype not in _DTYPES:
+    if not isinstance(A, (Tensor, LinearOperator)):
+        raise TypeError(
+            f"A is a {type(A).__name__}, expected a tensor, or an operator with shape, dtype, matmat and rmatmat"
+        )
+    if isinstance(A, Tensor) and A.dtype not in _DTYPES:
         raise TypeError(f"A is {A.dtype}, expected float32, bfloat16, float16 or float64")
-    if A.dim() != 2:
+    if not isinstance(A, Tensor) and A.dtype not in _OPERATOR_DTYPES:
+        raise TypeError(f"A is an operator of {A.dtype}, expected torch.float32 or torch.float64")
+    if len(A.shape) != 2:
         raise ValueError(f"A is {tuple(A.shape)}, expected a matrix (m, n)")
     for name, value in (("k", k), ("seed", seed), ("max_passes", max_passes)):
         if not isinstance(value, int) or isinstance(value, bool):
