@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from svdkern.backends import extension
 from svdkern.linalg import TopkSVD, factors, topk_svd
 from svdkern.linalg.krylov import leading
 from svdkern.linalg.operand import Operand
@@ -177,6 +183,27 @@ def test_one_triplet_to_all(k: int, method: str) -> None:
     assert (found.info.next_value == 0) == (k == 200)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 90),
+    columns=st.integers(1, 90),
+    data=st.data(),
+    rank=st.integers(0, 90),
+    decay=st.sampled_from([0.0, 0.5, 2.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    method=st.sampled_from(["auto", "krylov", "exact"]),
+    which=st.sampled_from(["largest", "smallest"]),
+)
+def test_any_shape(rows, columns, data, rank, decay, dtype, method, which) -> None:  # type: ignore[no-untyped-def]
+    """Every shape, rank and k, both ends: what ``check`` holds a result to."""
+    short = min(rows, columns)
+    k = data.draw(st.integers(1, short), label="k")
+    sigma = _index(short) ** -decay * (_index(short) <= rank)
+    a = with_spectrum(rows, columns, sigma, seed=rank).to(dtype)
+    found = topk_svd(a, k, method=method, which=which)
+    check(a, k, found, tol=found.info.tol, smallest=which == "smallest")
+
+
 def test_one_row_and_one_column() -> None:
     for shape in ((1, 30), (30, 1), (1, 1)):
         a = torch.randn(*shape, generator=_generator())
@@ -242,6 +269,38 @@ def test_half_precision_is_never_copied_whole(transposed: bool) -> None:
     with _Largest() as largest:
         a.float()
     assert largest.elements == a.numel()  # the mode sees a copy where one is made
+
+
+_MEASURE = """
+import ctypes, re, torch
+from svdkern.linalg import topk_svd
+
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+a = torch.empty({shape}, dtype=torch.bfloat16)
+for i, row in enumerate(a.split(512)):  # no other large tensor was ever there
+    row.copy_(torch.randn(row.shape, generator=torch.Generator().manual_seed(i)))
+    row[:, :512] *= 4
+topk_svd(a[:1200, :1100].contiguous(), 4)  # libraries, threads
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+found = topk_svd(a, 16)
+print((status("VmHWM") - before) / (2 * a.numel()), found.info.converged)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(extension.why_missing is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336)])
+def test_memory_beside_a_large_matrix(shape: tuple[int, int]) -> None:
+    """No more than 15 % of the matrix's own bytes, its result included."""
+    code = _MEASURE.replace("{shape}", str(shape))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    share, converged = done.stdout.split()
+    assert 0 < float(share) < 0.15 and converged == "True"
 
 
 @pytest.mark.parametrize("method", ["krylov", "exact"])
