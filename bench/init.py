@@ -176,7 +176,7 @@ def whole_model(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser("init", __doc__)
     parser.add_argument("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES))
-    parser.add_argument("--shapes", type=_shape, nargs="+", default=list(SHAPES), metavar="NxK")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=list(SHAPES), metavar="NxK")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
@@ -209,7 +209,7 @@ def _say(what: str, rows: Sequence[dict[str, Any]]) -> None:
     tqdm.write(f"{what}: " + " · ".join(map(text, rows)), file=sys.stderr)
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape(text: str) -> tuple[int, int]:
     try:
         n, k = (int(part) for part in text.lower().split("x"))
     except ValueError as error:

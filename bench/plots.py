@@ -188,6 +188,27 @@ def init(machine: Machine) -> Figure | None:
     return headed(figure, "Singular value decomposition, time to accuracy", rows)
 
 
+def topk(machine: Machine) -> Figure | None:
+    """Error against seconds of a few singular values, a line a way, a point a setting of it; a panel a matrix and rank."""
+    rows = [row for row in machine.rows.get("topk", ()) if None not in (row["median_s"], row["err_sigma"])]
+    if not rows:
+        return None
+    ways = {row["provider"]: row["provider"].split(",")[0] for row in rows}
+    shown = colours(ways.values())
+    names = ("which", "matrix", "N", "K", "r")
+    figure, panels = grid(list(dict.fromkeys(tuple(row[name] for name in names) for row in rows)))
+    for (which, matrix, n, k, r), ax in panels.items():
+        here = [row for row in rows if tuple(row[name] for name in names) == (which, matrix, n, k, r)]
+        for way, marker in zip(shown, cycle(MARKERS), strict=False):
+            points = sorted((row["median_s"], row["err_sigma"]) for row in here if ways[row["provider"]] == way)
+            if points:
+                x, y = zip(*points, strict=True)
+                ax.plot(x, y, color=shown[way], marker=marker, ms=5, label=title(way))
+        ax.set(xscale="log", yscale="log", xlabel="seconds", title=f"{which} {r} of {matrix}, {n}×{k}")
+    figure.supylabel("largest relative error of a singular value")
+    return headed(figure, "A few singular triplets, time to accuracy", rows)
+
+
 def model_step(machine: Machine) -> Figure | None:
     """Step time over frozen, and peak memory; two panels a model and dtype."""
     groups = {what: [row for row in rows if row["ratio_to_frozen"]] for what, rows in steps(machine).items()}
@@ -219,6 +240,7 @@ PLOTS: Mapping[str, Callable[[Machine], Figure | None]] = {
     "roofline": roofline,
     "memory": memory,
     "init": init,
+    "topk": topk,
     "model_step": model_step,
 }
 

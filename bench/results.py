@@ -41,6 +41,7 @@ CASE = {  # what names a case, bench by bench, provider included
     "init": ("provider", "dtype", "matrix", "N", "K", "r"),
     "init_model": ("provider", "dtype", "model", "r"),
     "init_memory": ("provider", "dtype", "model", "blocks", "r"),
+    "topk": ("provider", "dtype", "matrix", "which", "N", "K", "r"),
     "ceilings": ("provider", "dtype"),
     "blocks": ("provider", "dtype", "value", "M", "K", "N", "r"),
 }
@@ -54,6 +55,7 @@ MEASURED = {
     "init": (*TIMING, "err_vs_best", "err_sigma", "same_again", "seed"),
     "init_model": ("layers", *TIMING, "err_sigma", "same_again", "seed"),
     "init_memory": (*TIMING, "extrapolated_s", "peak_memory_mb", "seed"),
+    "topk": (*TIMING, "err_sigma", "seed"),
     "ceilings": ("value", "unit"),
     "blocks": ("what", "shipped", "ratio_to_shipped", *TIMING),
 }

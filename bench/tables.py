@@ -198,6 +198,18 @@ def init_table(machine: Machine) -> str:
     return origin(rows) + table(header, body)
 
 
+def topk_table(machine: Machine) -> str:
+    """Time and error of a few singular values; each provider is one way at one setting."""
+    rows = machine.rows["topk"]
+    body = []
+    for (which, matrix, n, k, r), group in grouped(rows, "which", "matrix", "N", "K", "r").items():
+        for name, row in group.items():
+            note = "" if row["reason"] is None else f" ({row['reason']})"
+            found = [seconds(row["median_s"]), number(row["err_sigma"], ".1e")]
+            body.append([f"{which}, {matrix}, {n}×{k}, r={r}", title(name) + note, *found])
+    return origin(rows) + table(["matrix", "provider", "time", "relative error of σ"], body)
+
+
 def roofline_table(machine: Machine) -> str:
     """What share of the measured ceilings the frozen layer and svdkern reach, and how near their floor they come."""
     tops = ceilings(machine)
@@ -307,6 +319,7 @@ TABLES: Mapping[str, Callable[[Sequence[Machine]], str]] = {
     "memory": each("memory", memory_table),
     "accuracy": each("accuracy", accuracy_table),
     "init": each("init", init_table),
+    "topk": each("topk", topk_table),
     "model_step": each("model_step", model_step_table),
     "methods": each("methods", methods_table),
     "blocks": each("blocks", blocks_table),

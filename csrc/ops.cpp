@@ -277,6 +277,35 @@ Tensor cpu_residual(const Tensor& weight, const Tensor& u, const MaybeTensor& si
   return out;
 }
 
+std::tuple<Tensor, Tensor> cpu_normal(const Tensor& a, const Tensor& x, double scale) {
+  svdkern::NormalParams p;
+  MaybeTensor keep_a, keep_x;
+  p.a = streamable(a, "a", keep_a);
+  p.x = runs(x, "x", keep_x);
+  expect(p.x.rows, p.a.cols, "the number of rows of x", "the width of a");
+  expect_type(p.x.dtype, DType::f32, "x", "the accumulators, float32");
+  p.scale = static_cast<float>(scale);
+  MutableMatrix y_view, z_view;
+  Tensor y = empty_matrix(DType::f32, p.a.rows, p.x.cols, false, y_view);
+  Tensor z = empty_matrix(DType::f32, p.a.cols, p.x.cols, false, z_view);
+  p.y = static_cast<float*>(y_view.data), p.z = static_cast<float*>(z_view.data);
+  p.parallel_for = parallel_for;
+  kernels().normal(p);
+  return {y, z};
+}
+
+double cpu_energy(const Tensor& a, double scale) {
+  svdkern::EnergyParams p;
+  MaybeTensor keep;
+  p.a = runs(a, "a", keep);
+  p.scale = static_cast<float>(scale);
+  double out = 0;
+  p.out = &out;
+  p.parallel_for = parallel_for;
+  kernels().energy(p);
+  return out;
+}
+
 std::string cpu_isa() { return kernels().name; }
 std::string cpu_isas() { return names_of_isas(false); }
 
@@ -296,6 +325,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
       "_cpu_linear(Tensor a, Tensor? w, Tensor? z, Tensor f, Tensor? bias, Tensor? rng_state, int threshold) -> "
       "Tensor");
   m.def("_cpu_residual(Tensor weight, Tensor u, Tensor? sigma, Tensor v, float scale) -> Tensor");
+  m.def("_cpu_normal(Tensor a, Tensor x, float scale) -> (Tensor, Tensor)");
+  m.def("_cpu_energy(Tensor a, float scale) -> float");
   m.def("_cpu_isa() -> str");
   m.def("_cpu_isas() -> str");
 }
@@ -308,6 +339,8 @@ STABLE_TORCH_LIBRARY_IMPL(svdkern, CPU, m) {
   m.impl("_cpu_dropout", TORCH_BOX(&cpu_dropout));
   m.impl("_cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("_cpu_residual", TORCH_BOX(&cpu_residual));
+  m.impl("_cpu_normal", TORCH_BOX(&cpu_normal));
+  m.impl("_cpu_energy", TORCH_BOX(&cpu_energy));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(svdkern, CompositeExplicitAutograd, m) {

@@ -120,6 +120,23 @@ struct LinearParams {
   int64_t threads = 1;
 };
 
+// y = s a x, z = s a^T y from one read of a.   a (M, L) with one unit stride, x (L, b) fp32 with unit column stride
+struct NormalParams {
+  Matrix a, x;
+  float scale = 1.0f;
+  float* y = nullptr;  // (M, b), contiguous
+  float* z = nullptr;  // (L, b), contiguous
+  ParallelFor parallel_for = nullptr;
+};
+
+// out = sum of the squares of s a, in fp64.                                  a (M, L) with unit column stride
+struct EnergyParams {
+  Matrix a;
+  float scale = 1.0f;
+  double* out = nullptr;
+  ParallelFor parallel_for = nullptr;
+};
+
 // out = weight - sum_i v_i (s sigma_i u_i)^T, in fp64 and in one fixed order: residual.cpp.
 struct ResidualParams {
   Matrix weight, u, v;
@@ -138,6 +155,8 @@ struct Kernels {
   void (*outer)(const OuterParams&);
   void (*dropout)(const DropoutParams&);
   void (*linear)(const LinearParams&);
+  void (*normal)(const NormalParams&);
+  void (*energy)(const EnergyParams&);
   void (*philox_bits)(uint64_t seed, uint64_t offset, int64_t row, int64_t octet0, int64_t octets, uint16_t* bits);
 };
 

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import accuracy, blocks, ceilings, init, linear, machine, memory, results  # noqa: E402
+from bench import accuracy, blocks, ceilings, init, linear, machine, memory, results, topk  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.providers import DTYPES  # noqa: E402
 from svdkern import bench_command, cli  # noqa: E402
@@ -126,6 +126,22 @@ def test_init_knows_the_best_and_who_repeats_himself(tmp_path: Path) -> None:
         assert rows["lapack", matrix]["err_sigma"] < 1e-5
     assert rows["svd_lowrank", "flat"]["same_again"] is False
     assert rows["svd_lowrank", "flat"]["err_vs_best"] > 1e-3 > rows["svd_lowrank_16", "gap"]["err_vs_best"]
+
+
+def test_topk_has_the_error_of_every_way(tmp_path: Path) -> None:
+    out = tmp_path / "topk.jsonl"
+    arguments = ["--shapes", "60x50", "--ranks", "4", "--seconds", "0.01", "--rounds", "1", "--device", "cpu"]
+    assert topk.main([*arguments, "--out", str(out)]) == 0
+    rows = {(r["provider"], r["matrix"]): r for r in results.read_jsonl(out)}
+    assert len(rows) == 2 * len(topk.PROVIDERS)
+    for matrix in ("power", "head"):
+        assert rows["svdkern, tol=accurate", matrix]["err_sigma"] < 1e-5
+        assert rows["lapack", matrix]["err_sigma"] < 1e-5
+        assert rows["svd_lowrank, niter=64", matrix]["err_sigma"] < rows["svd_lowrank, niter=2", matrix]["err_sigma"]
+    assert topk.main([*arguments, "--which", "smallest", "--out", str(tmp_path / "smallest.jsonl")]) == 0
+    rows = {(r["provider"], r["matrix"]): r for r in results.read_jsonl(tmp_path / "smallest.jsonl")}
+    assert rows["svdkern, tol=accurate", "head"]["err_sigma"] < 1e-4
+    assert rows["sklearn", "head"]["status"] == "skipped"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")

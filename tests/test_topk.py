@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from svdkern.backends import extension
 from svdkern.linalg import TopkSVD, factors, topk_svd
 from svdkern.linalg.krylov import leading
 from svdkern.linalg.operand import Operand
@@ -152,13 +158,13 @@ def test_a_tighter_tolerance_takes_more_passes() -> None:
 @pytest.mark.parametrize("method", ["krylov", "exact"])
 def test_scale(scale: float, method: str) -> None:
     a = (MATRICES["power"][0]() * scale).float()
-    check(a, 6, topk_svd(a, 6, method=method), tol=1e-5)
+    check(a, 6, topk_svd(a, 6, method=method), tol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e300])
 def test_scale_of_float64(scale: float) -> None:
     a = MATRICES["power"][0]() * scale
-    check(a, 6, topk_svd(a, 6, method="krylov"), tol=1e-5)
+    check(a, 6, topk_svd(a, 6, method="krylov"), tol=1e-4)
 
 
 def test_a_power_of_two_changes_no_bit() -> None:
@@ -175,6 +181,27 @@ def test_one_triplet_to_all(k: int, method: str) -> None:
     found = topk_svd(a, k, method=method)
     check(a, k, found, tol=found.info.tol)
     assert (found.info.next_value == 0) == (k == 200)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 90),
+    columns=st.integers(1, 90),
+    data=st.data(),
+    rank=st.integers(0, 90),
+    decay=st.sampled_from([0.0, 0.5, 2.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    method=st.sampled_from(["auto", "krylov", "exact"]),
+    which=st.sampled_from(["largest", "smallest"]),
+)
+def test_any_shape(rows, columns, data, rank, decay, dtype, method, which) -> None:  # type: ignore[no-untyped-def]
+    """Every shape, rank and k, both ends: what ``check`` holds a result to."""
+    short = min(rows, columns)
+    k = data.draw(st.integers(1, short), label="k")
+    sigma = _index(short) ** -decay * (_index(short) <= rank)
+    a = with_spectrum(rows, columns, sigma, seed=rank).to(dtype)
+    found = topk_svd(a, k, method=method, which=which)
+    check(a, k, found, tol=found.info.tol, smallest=which == "smallest")
 
 
 def test_one_row_and_one_column() -> None:
@@ -213,7 +240,7 @@ def test_half_precision_is_read_as_it_is(dtype: torch.dtype, method: str, transp
     a = a.t() if transposed else a
     found = topk_svd(a, 8, method=method)
     assert found.S.dtype == torch.float32
-    check(a, 8, found, tol=1e-5)
+    check(a, 8, found, tol=1e-4)
 
 
 class _Largest(TorchDispatchMode):
@@ -244,12 +271,44 @@ def test_half_precision_is_never_copied_whole(transposed: bool) -> None:
     assert largest.elements == a.numel()  # the mode sees a copy where one is made
 
 
+_MEASURE = """
+import ctypes, re, torch
+from svdkern.linalg import topk_svd
+
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+a = torch.empty({shape}, dtype=torch.bfloat16)
+for i, row in enumerate(a.split(512)):  # no other large tensor was ever there
+    row.copy_(torch.randn(row.shape, generator=torch.Generator().manual_seed(i)))
+    row[:, :512] *= 4
+topk_svd(a[:1200, :1100].contiguous(), 4)  # libraries, threads
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+found = topk_svd(a, 16)
+print((status("VmHWM") - before) / (2 * a.numel()), found.info.converged)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(extension.why_missing is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336)])
+def test_memory_beside_a_large_matrix(shape: tuple[int, int]) -> None:
+    """No more than 15 % of the matrix's own bytes, its result included."""
+    code = _MEASURE.replace("{shape}", str(shape))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    share, converged = done.stdout.split()
+    assert 0 < float(share) < 0.15 and converged == "True"
+
+
 @pytest.mark.parametrize("method", ["krylov", "exact"])
 def test_strides(method: str) -> None:
     base = torch.randn(420, 660, generator=_generator(), dtype=torch.float64).float()
     base[:, ::2] += with_spectrum(420, 330, 40 * _index(6)).float()
     for a in (base[:, ::2], base[::2], base.t()[::3], base[:, :200].t(), base[0].expand(220, 660)):
-        check(a, 5, topk_svd(a, 5, method=method), tol=1e-5)
+        check(a, 5, topk_svd(a, 5, method=method), tol=1e-4)
         same = topk_svd(a.contiguous(), 5, method=method)
         assert torch.allclose(same.S, topk_svd(a, 5, method=method).S, rtol=1e-5, atol=1e-5 * float(same.S[0]))
 
@@ -344,7 +403,7 @@ def test_a_warm_start_takes_fewer_passes(shape: tuple[int, int]) -> None:
 def test_a_warm_start_that_leads_nowhere_is_overcome() -> None:
     a = with_spectrum(300, 260, _index(260) ** -0.5).float()
     worst = torch.linalg.svd(a)[2][-20:].t()
-    check(a, 5, topk_svd(a, 5, method="krylov", v0=worst), tol=1e-5)
+    check(a, 5, topk_svd(a, 5, method="krylov", v0=worst), tol=1e-4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

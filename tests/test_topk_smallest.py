@@ -46,7 +46,7 @@ def test_every_kind_of_matrix(name: str, dtype: torch.dtype, method: str) -> Non
     a = make().to(dtype)
     found = topk_svd(a, k, which="smallest", method=method)
     assert found.info.which == "smallest" and found.info.method == method
-    check(a, k, found, tol=1e-5, smallest=True)
+    check(a, k, found, tol=1e-4, smallest=True)
 
 
 @pytest.mark.parametrize("shape", [(240, 200), (200, 240), (200, 200)])
@@ -72,7 +72,7 @@ def test_a_singular_matrix_is_shifted_and_says_so() -> None:
     a[11] = 0
     found = topk_svd(a, 2, which="smallest", method="krylov")
     assert "shift" in found.info.fallbacks
-    check(a, 2, found, tol=1e-5, smallest=True)
+    check(a, 2, found, tol=1e-4, smallest=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -80,14 +80,14 @@ def test_a_singular_matrix_is_shifted_and_says_so() -> None:
 def test_half_precision(dtype: torch.dtype, scale: float) -> None:
     a = (scale * torch.randn(230, 200, generator=_generator())).to(dtype)
     for method in ("krylov", "exact"):
-        check(a, 5, topk_svd(a, 5, which="smallest", method=method), tol=1e-5, smallest=True)
+        check(a, 5, topk_svd(a, 5, which="smallest", method=method), tol=1e-4, smallest=True)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_scale(scale: float) -> None:
     a = (scale * torch.randn(200, 200, generator=_generator(), dtype=torch.float64)).float()
     for method in ("krylov", "exact"):
-        check(a, 5, topk_svd(a, 5, which="smallest", method=method), tol=1e-5, smallest=True)
+        check(a, 5, topk_svd(a, 5, which="smallest", method=method), tol=1e-4, smallest=True)
 
 
 @pytest.mark.parametrize("k", [1, 60, 100])
@@ -95,7 +95,7 @@ def test_one_triplet_to_all(k: int) -> None:
     a = torch.randn(120, 100, generator=_generator())
     for method in ("auto", "krylov", "exact"):
         found = topk_svd(a, k, which="smallest", method=method)
-        check(a, k, found, tol=1e-5, smallest=True)
+        check(a, k, found, tol=1e-4, smallest=True)
         assert math.isinf(found.info.next_value) == (k == 100)
 
 

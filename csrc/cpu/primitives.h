@@ -2,6 +2,7 @@
 #pragma once
 
 #include "large_m.h"
+#include "normal.h"
 
 namespace svdkern {
 namespace {
@@ -109,6 +110,8 @@ constexpr Kernels kernels_named(const char* name) {
       [](const OuterParams& p) { with_type(p.a.dtype, [&](auto t) { outer_as<decltype(t)>(p); }); },
       [](const DropoutParams& p) { with_type(p.x.dtype, [&](auto t) { dropout_as<decltype(t)>(p); }); },
       [](const LinearParams& p) { with_type(p.a.dtype, [&](auto t) { linear_as<decltype(t)>(p); }); },
+      [](const NormalParams& p) { with_type(p.a.dtype, [&](auto t) { normal_as<decltype(t)>(p); }); },
+      [](const EnergyParams& p) { with_type(p.a.dtype, [&](auto t) { energy_as<decltype(t)>(p); }); },
       philox_bits,
   };
 }

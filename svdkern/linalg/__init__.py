@@ -4,8 +4,10 @@ Layer: above the backends, below ``methods``. Everything here runs outside autog
 ``orth_penalty``, which is differentiable.
 """
 
+from svdkern.linalg.certificate import Certificate
 from svdkern.linalg.factors import factors
 from svdkern.linalg.gradient import step_factors
+from svdkern.linalg.implicit import LinearOperator
 from svdkern.linalg.lowrank import randomized_svd, svd_lowrank
 from svdkern.linalg.merged import merged_weight
 from svdkern.linalg.orthogonality import orth_penalty
@@ -17,6 +19,8 @@ from svdkern.linalg.topk import SVDInfo, TopkSVD, topk_svd
 from svdkern.linalg.weighted import weighted_factors
 
 __all__ = [
+    "Certificate",
+    "LinearOperator",
     "SVDInfo",
     "TopkSVD",
     "exact_residual",

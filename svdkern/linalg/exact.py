@@ -92,9 +92,9 @@ class Reflections(NamedTuple):
         return torch.ormqr(self.packed, self.tau, torch.cat([x, below]))
 
 
-def householder(tall: Tensor, factor: float) -> tuple[Reflections, Tensor]:
-    """Q and the triangle (columns, columns) of ``factor * tall = Q R``, in float64."""
-    packed, tau = torch.geqrf(tall.to(torch.float64) * factor)
+def householder(tall: Tensor, factor: float, dtype: torch.dtype = torch.float64) -> tuple[Reflections, Tensor]:
+    """Q and the triangle (columns, columns) of ``factor * tall = Q R``."""
+    packed, tau = torch.geqrf(tall.to(dtype) * factor)
     return Reflections(packed, tau), packed[: tall.shape[1]].triu()
 
 
@@ -111,17 +111,25 @@ def on_basis(a: Tensor, basis: Tensor, factor: float, next_value: float) -> Trip
     return Triplets(short_side, sigma, long_side, next_value)
 
 
-def on_bases(a: Tensor, left: Tensor, right: Tensor, factor: float, next_value: float) -> Triplets:
-    """The triplets of ``factor * a`` between two orthonormal bases: of the small matrix ``left^T a right``."""
+def between(a: Tensor, left: Tensor, right: Tensor, factor: float, next_value: float) -> tuple[Triplets, Tensor]:
+    """The triplets of ``factor * a`` between two orthonormal bases, those of the small matrix ``left^T a right``, and their
+    residual norms (``residual_norms``): one read of a."""
     tall = a.shape[0] >= a.shape[1]
     long_side, short_side = (left, right) if tall else (right, left)
-    small = torch.zeros(left.shape[1], left.shape[1], dtype=torch.float64, device=a.device)
+    image = torch.empty_like(long_side)
+    back = torch.zeros_like(short_side)
     start = 0
     for panel in upcast(a, tall, factor):
-        small.addmm_(long_side[start : start + panel.shape[0]].t(), panel @ short_side)
+        part = slice(start, start + panel.shape[0])
+        torch.mm(panel, short_side, out=image[part])
+        back.addmm_(panel.t(), long_side[part])
         start += panel.shape[0]
-    p, sigma, q = small_svd(small if tall else small.t())
-    return Triplets(left @ p, sigma, right @ q, next_value)
+    p, sigma, q = small_svd(long_side.t() @ image)
+    long_side, short_side = long_side @ p, short_side @ q
+    forward = torch.linalg.vector_norm(image @ q - long_side * sigma, dim=0)
+    backward = torch.linalg.vector_norm(back @ p - short_side * sigma, dim=0)
+    left, right = (long_side, short_side) if tall else (short_side, long_side)
+    return Triplets(left, sigma, right, next_value), torch.maximum(forward, backward)
 
 
 def residual_norms(a: Tensor, found: Triplets, factor: float) -> Tensor:
@@ -146,6 +154,13 @@ def upcast(a: Tensor, tall: bool, factor: float) -> Iterator[Tensor]:
     for start in range(0, length, step):
         part = a[start : start + step] if tall else a[:, start : start + step].t()
         yield part.to(torch.float64) * factor
+
+
+def orthonormal64(x: Tensor) -> Tensor:
+    """Nearly orthonormal columns made orthonormal in float64."""
+    x = x.to(torch.float64)
+    triangle = torch.linalg.cholesky(x.t() @ x).t()
+    return torch.linalg.solve_triangular(triangle, x, upper=True, left=False)
 
 
 @contextmanager

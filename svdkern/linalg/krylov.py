@@ -2,10 +2,10 @@
 
     V_1 = orth(C^T C Omega)         Omega +-1
     V_{j+1} R_j = orth(C^T C V_j, less all of V_1 ... V_j)
-    C V = Q (left sigma right^T)    the triplets are (Q left, sigma, V right)
 
-The Ritz residual of ``C^T C`` comes with R_j for nothing and says when to look; the residual ``|C^T u_i - sigma_i v_i|``,
-computed by one more product, says whether to stop. When the basis is full its leading Ritz vectors and the last block go on.
+The triplets are those of C on the leading Ritz vectors of ``V^T C^T C V`` (``space.py``). The Ritz residual of ``C^T C`` comes
+with R_j for nothing and says when to look; the residual ``|C^T u_i - sigma_i v_i|``, computed by the products that give the
+triplets, says whether to stop. When the basis is full its leading Ritz vectors and the last block go on.
 
 References: Golub, Luk, Overton, "A block Lanczos method for computing the singular values and corresponding singular
 vectors of a matrix", TOMS 1981; Musco & Musco, "Randomized block Krylov methods", NeurIPS 2015; Tropp & Webber, "Randomized
@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from svdkern.linalg.certificate import DELTA, Certificate, bound_of_the_rest, certificate, probe
 from svdkern.linalg.operand import Operator
 from svdkern.linalg.orthogonal import new_directions, project_out
 from svdkern.linalg.sketch import sketch
-from svdkern.linalg.space import Space
+from svdkern.linalg.space import Ritz, Space
 
 _EQUAL = 1e-4  # relative spread of a run of values that may stand for one value of higher multiplicity than was seen
 
@@ -42,6 +43,7 @@ class Leading:
     restarts: int
     passes: int
     fallbacks: tuple[str, ...]
+    certificate: Certificate | None
 
 
 @dataclass
@@ -96,6 +98,7 @@ def leading(
     max_passes: int,
     seed: int,
     start: Tensor | None = None,
+    certify: bool = False,
 ) -> Leading:
     """The k leading triplets of ``operator``.
 
@@ -105,47 +108,54 @@ def leading(
         tol: stop when every ``residual_i^2 <= tol * next_value^2``, or when it is rounding error.
         max_passes: products with the operator or its transpose; the best triplets until then are returned.
         start: (columns, p) of a subspace that is close to the wanted one.
+        certify: probes what was not found (``certificate.py``), at the cost of a few more products.
     """
     random = _Random(operator, seed)
     space = Space(operator, capacity)
+    probing = (lambda right: probe(operator, right, seed)) if certify else None
     q = _first_block(operator, min(block, operator.columns), random, start)
     schedule, steps, restarts = _Schedule(), 0, 0
     suspected: Tensor | None = None  # the values at which more of a multiple one were looked for
     patience = 0
     while True:
         image, rest = operator.both(q)
-        lengths = torch.stack([torch.linalg.vector_norm(t, dim=0).max() for t in (image, rest)]).tolist()
-        space.append(q, image, rest)
+        longest = float(torch.linalg.vector_norm(rest, dim=0).max())
+        largest = space.append(q, image, rest)
         steps += 1
-        eps = torch.finfo(operator.dtype).eps
-        noise = operator.noise(lengths[0]) * lengths[0] + 4 * eps * lengths[1]
+        noise = operator.noise(largest) * largest + 4 * torch.finfo(operator.dtype).eps * longest
         following, _, fallback = new_directions(space.basis, rest, noise, random.take)
         random.note(fallback)
         last, wider = q.shape[1], 0
         exhausted = following.shape[1] == 0
-        spent = operator.passes + 3 > max_passes and space.width >= k
+        spent = operator.passes + 4 > max_passes and space.width >= k  # a step and the triplets
         enough = space.width > k
         if exhausted or spent or (enough and steps >= schedule.due):
             values, vectors = space.ritz()
             link = torch.mm(following.t(), rest).to("cpu", torch.float64)
             excess = _excess(operator, values, link @ vectors[-last:], k, tol)
             if exhausted or spent or excess <= 1:
-                found = space.triplets(k)
-                residuals, converged = _judge(operator, found, tol, exhausted)
-                multiple = block < k and not exhausted and _has_run(found[1], block, suspected)
+                if _steep(operator, values, k, tol):
+                    space.keep_images()
+                found = space.triplets(k, (values, vectors), probing)
+                converged = _accepts(operator, found, tol, exhausted)
+                if not converged and (excess <= 1 or exhausted) and not space.keeps_images:
+                    space.keep_images()
+                    found = space.triplets(k, (values, vectors))
+                    converged = _accepts(operator, found, tol, exhausted)
+                multiple = block < k and not exhausted and _has_run(found.sigma, block, suspected)
                 if exhausted or spent or (converged and not multiple):
-                    left, sigma, right, next_value = found
                     accepted = converged and not multiple
+                    certified = _certify(operator, found, steps, seed) if certify else None
                     return Leading(
-                        left, sigma, right, residuals, next_value, accepted, steps, restarts, operator.passes,
-                        tuple(random.fallbacks),
+                        found.left, found.sigma, found.right, found.residuals, found.next_value, accepted,
+                        steps, restarts, operator.passes, tuple(random.fallbacks), certified,
                     )  # fmt: skip
                 schedule.due = steps + 1
                 if converged:
                     # New directions show a value that was missed after as many steps as the first ones took; until then
                     # they may look like smaller ones.
                     patience = patience or steps
-                    suspected, wider, schedule.due = found[1], block, steps + patience
+                    suspected, wider, schedule.due = found.sigma, block, steps + patience
                     following = following[:, :block]
             else:
                 schedule.note(steps, excess)
@@ -196,15 +206,25 @@ def _excess(operator: Operator, squares: Tensor, links: Tensor, k: int, tol: flo
     return float((estimates / allowed).max())
 
 
-def _judge(
-    operator: Operator, found: tuple[Tensor, Tensor, Tensor, float], tol: float, exhausted: bool
-) -> tuple[Tensor, bool]:
-    left, sigma, right, next_value = found
-    backward = operator.transposed(left.to(operator.dtype)).to(torch.float64)
-    residuals = torch.linalg.vector_norm(backward - right * sigma, dim=0)
-    noise = operator.noise(float(sigma[0]))
-    allowed = max(math.sqrt(tol) * next_value, noise * (4 if exhausted else 1))
-    return residuals, bool((residuals <= allowed).all())
+def _steep(operator: Operator, squares: Tensor, k: int, tol: float) -> bool:
+    """Whether the projection's rounding error alone would be a good part of the residual that is allowed."""
+    largest, last = math.sqrt(max(float(squares[0]), 0.0)), math.sqrt(max(float(squares[k - 1]), 0.0))
+    next_value = math.sqrt(max(float(squares[k]), 0.0)) if k < squares.numel() else 0.0
+    allowed = max(math.sqrt(tol) * next_value, operator.noise(largest))
+    return 4 * torch.finfo(operator.dtype).eps * largest**2 > allowed * last
+
+
+def _accepts(operator: Operator, found: Ritz, tol: float, exhausted: bool) -> bool:
+    noise = operator.noise(float(found.sigma[0]))
+    allowed = max(math.sqrt(tol) * found.next_value, noise * (4 if exhausted else 1))
+    return bool((found.residuals <= allowed).all())
+
+
+def _certify(operator: Operator, found: Ritz, steps: int, seed: int) -> Certificate:
+    omega, *products = found.probed or (probe(operator, found.right, seed),)
+    first = (products[0], products[1]) if products else None
+    rest = bound_of_the_rest(operator, found.right, omega, first, 1 + steps // 12, DELTA)
+    return certificate(found.sigma, found.coupling, rest, operator.noise(float(found.sigma[0])), DELTA)
 
 
 def _has_run(sigma: Tensor, block: int, suspected: Tensor | None) -> bool:

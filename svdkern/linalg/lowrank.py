@@ -23,8 +23,8 @@ def svd_lowrank(
     Args:
         A: (..., m, n), dense and real.
         q: number of triplets, 1 <= q <= min(m, n).
-        niter: passes as ``torch.svd_lowrank`` makes them, 2 niter + 2, are the limit here (and one to
-            know the residuals; never less than 5).
+        niter: passes as ``torch.svd_lowrank`` makes them, 2 niter + 2, are the limit here (and two that know the residuals;
+            never less than 6).
         M: what is taken from A, of a shape that broadcasts to A's; the difference is formed.
         seed: of the random start; None is 0.
     """
@@ -84,5 +84,5 @@ def randomized_svd(
 
 
 def _limited(matrix: Tensor, k: int, iterations: int | None, seed: int | None) -> TopkSVD:
-    passes = 200 if iterations is None else 2 * iterations + 3
+    passes = 200 if iterations is None else 2 * iterations + 4
     return topk_svd(matrix, k, seed=0 if seed is None else seed, max_passes=passes)

@@ -14,14 +14,20 @@ from torch import Tensor
 
 from svdkern.linalg.exact import small_svd
 
-_PANEL_ELEMENTS = 1 << 20  # float64 elements
+_PANEL_ELEMENTS, _DEVICE_ELEMENTS = 1 << 16, 1 << 22  # float64 elements upcast at a time: 512 KB, in the L2; a GPU's
+
+
+def panel_height(x: Tensor) -> int:
+    """Rows of x that are upcast at a time."""
+    elements = _PANEL_ELEMENTS if x.device.type == "cpu" else _DEVICE_ELEMENTS
+    return max(1, elements // max(1, x.shape[1]))
 
 
 def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
     """``x^T y`` (``x^T x``) in float64, a panel of rows upcast at a time."""
     y = x if y is None else y
     out = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
-    step = max(1, _PANEL_ELEMENTS // max(1, x.shape[1]))
+    step = panel_height(x)
     for start in range(0, x.shape[0], step):
         left = x[start : start + step].to(torch.float64)
         right = left if y is x else y[start : start + step].to(torch.float64)
@@ -97,8 +103,12 @@ def new_directions(
     # What is left of a column that lies in the basis' span is rounding error in that span.
     before = float(torch.linalg.vector_norm(x, dim=0).max())
     project_out(basis, x)
-    lengths, vectors = _principal(x)
     noise = max(noise, 16 * torch.finfo(x.dtype).eps * before)
+    if width == x.shape[1]:
+        block = _well_conditioned(x, noise)
+        if block is not None:
+            return block, width, None
+    lengths, vectors = _principal(x)
     significant = min(int((lengths > noise).sum()), width)
     if significant == x.shape[1]:
         block, fallback = orthonormal(x)
@@ -120,6 +130,20 @@ def new_directions(
         block = _householder(block)
     how = "householder" if significant == x.shape[1] else "random directions"
     return block, significant, how
+
+
+def _well_conditioned(x: Tensor, noise: float) -> Tensor | None:
+    """CholeskyQR2 of an x whose columns are all well above ``noise`` and about as long as each other, else None."""
+    triangle, failed = torch.linalg.cholesky_ex(gram(x))
+    diagonal = triangle.diagonal()
+    if bool(failed) or not bool(diagonal.min() > max(0.03 * float(diagonal.max()), 8 * noise)):
+        return None
+    block = torch.linalg.solve_triangular(triangle.t().to(x.dtype), x, upper=True, left=False)
+    excess = torch.mm(block.t(), block)
+    excess.diagonal().sub_(1)
+    if not bool(excess.abs().max() < 1e-3):
+        return None
+    return block - torch.mm(block, excess / 2)  # (I + excess)^-1/2 to second order: no second triangle needed
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor]:

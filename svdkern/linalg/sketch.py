@@ -5,9 +5,13 @@
     bit      = bit ``col % 32`` of output word ``(col % 128) // 32``          entry = 1 - 2 bit
 
 An entry depends on its global (row, column) only: any part of the matrix can be made anywhere, by whoever holds it.
+
+The probe of a certificate has Gaussian entries, from the counters (row, col // 4, 1, 0), which no sketch has.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,7 +20,7 @@ from svdkern.backends.philox import philox4x32
 
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
-_CHUNK_ELEMENTS = 1 << 18  # int64 words made at a time
+_CHUNK_ELEMENTS = 1 << 15  # int64 words made at a time
 
 
 def sketch(rows: int, columns: int, *, seed: int, first: int = 0, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -35,3 +39,17 @@ def sketch(rows: int, columns: int, *, seed: int, first: int = 0, dtype: torch.d
         bits = (words.flatten(1)[:, word] >> (column % 32)) & 1
         out[start : start + height] = 1 - 2 * bits
     return out
+
+
+def gaussian(rows: int, columns: int, *, seed: int, device: torch.device) -> Tensor:
+    """(rows, columns) float64, independent standard normal entries (Box & Muller), the same to rounding on every device."""
+    key = tuple(torch.tensor(part & _LOW, device=device) for part in (seed, seed >> 32))
+    row, group = torch.arange(rows, device=device).unsqueeze(1), torch.arange(-(-columns // 4), device=device)
+    one, zero = (torch.full((), value, dtype=torch.int64, device=device) for value in (1, 0))
+    words = philox4x32((row, group, one, zero), (key[0], key[1]), rounds=_ROUNDS)
+    uniform = [(word.to(torch.float64) + 0.5) / 2.0**32 for word in words]  # in (0, 1)
+    pairs = []
+    for radius, angle in (uniform[:2], uniform[2:]):
+        length, turn = (-2 * radius.log()).sqrt(), 2 * math.pi * angle
+        pairs += [length * turn.cos(), length * turn.sin()]
+    return torch.stack(pairs, dim=-1).reshape(rows, -1)[:, :columns]

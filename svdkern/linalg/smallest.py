@@ -1,9 +1,11 @@
 """The smallest singular triplets: a block Krylov method on the inverse, whose largest ones they are.
 
 A method for the largest triplets, run on the matrix itself, would return principal components here. The inverse is that of
-an LU factorisation (square) or of the triangle of a QR (not square), in float64 whatever the matrix is stored in; a pivot
-that is zero to working precision is moved away from zero by a tiny shift, which is recorded. The values then come from the
-matrix itself between the two spaces found, and so do the residuals: where those fall short, the exact method takes over.
+an LU factorisation (square) or of the triangle of a QR (not square). The values come from the matrix itself between the two
+spaces found, in float64, and so do the residuals. So the factors may be rough: those of a float32 or half matrix are made in
+float32 first. Where their residuals fall short, or a pivot is zero to float32's precision, they are made in float64, where
+a pivot that is zero to working precision is moved away from zero by a tiny shift, which is recorded; and where that falls short,
+too, the exact method takes over.
 """
 
 from __future__ import annotations
@@ -14,29 +16,37 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svdkern.linalg.exact import Reflections, Triplets, householder, on_bases, residual_norms, smallest_triplets
+from svdkern.linalg.exact import (
+    Reflections,
+    Triplets,
+    between,
+    householder,
+    orthonormal64,
+    residual_norms,
+    smallest_triplets,
+)
 from svdkern.linalg.krylov import Leading, leading
 
 
 class _Inverse:
     """``C = A^-T`` (square) or ``R^-T`` (A = Q R), so that C's right singular vectors are A's."""
 
-    def __init__(self, matrix: Tensor, factor: float) -> None:
+    def __init__(self, matrix: Tensor, factor: float, dtype: torch.dtype) -> None:
         self.columns = self.rows = min(matrix.shape)
-        self.dtype, self.device = torch.float64, matrix.device
+        self.dtype, self.device = dtype, matrix.device
         self.passes = 0
-        self.shifted = False
         self._pivots: Tensor | None = None
         self._reflections: Reflections | None = None
         if matrix.shape[0] == matrix.shape[1]:
-            self._triangle, self._pivots, _ = torch.linalg.lu_factor_ex(matrix.to(torch.float64) * factor)
+            self._triangle, self._pivots, _ = torch.linalg.lu_factor_ex(matrix.to(dtype) * factor)
         else:
-            self._reflections, self._triangle = householder(matrix, factor)
+            self._reflections, self._triangle = householder(matrix, factor, dtype)
         pivots = self._triangle.diagonal()
-        least = self.rows * torch.finfo(torch.float64).eps * (float(pivots.abs().max()) or 1.0)
+        least = self.rows * torch.finfo(dtype).eps * (float(pivots.abs().max()) or 1.0)
         tiny = pivots.abs() <= least
-        if bool(tiny.any()):
-            self.shifted = True
+        self.singular = bool(tiny.any())
+        """To working precision, which the shift mends."""
+        if self.singular:
             pivots.copy_(torch.where(tiny, torch.copysign(pivots.new_tensor(least), pivots), pivots))
 
     def times(self, x: Tensor) -> Tensor:
@@ -60,7 +70,7 @@ class _Inverse:
         return left if self._reflections is None else self._reflections.times(left)
 
     def noise(self, largest: float) -> float:
-        return 4 * torch.finfo(torch.float64).eps * math.sqrt(self.rows) * largest
+        return 4 * torch.finfo(self.dtype).eps * math.sqrt(self.rows) * largest
 
 
 def smallest(
@@ -81,18 +91,26 @@ def smallest(
     Args:
         norm: the Frobenius norm of ``factor * matrix``; the others as for ``krylov.leading``.
     """
-    inverse = _Inverse(matrix, factor)
-    fallbacks: tuple[str, ...] = ("shift",) if inverse.shifted else ()
-    found = leading(inverse, k, block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start)
-    next_value = 1 / found.next_value if found.next_value > 0 else math.inf
-    if bool(found.right.isfinite().all()):
-        left = inverse.of_the_matrix(found.left)
-        triplets = on_bases(matrix, left, found.right, factor, next_value)
-        residuals = residual_norms(matrix, triplets, factor)
+    fallbacks: tuple[str, ...] = ()
+    for dtype in (torch.float64,) if matrix.dtype == torch.float64 else (torch.float32, torch.float64):
+        inverse = _Inverse(matrix, factor, dtype)
+        if inverse.singular and dtype == torch.float32:
+            continue
+        fallbacks += ("shift",) if inverse.singular else ()
+        first = None if start is None else start.to(dtype)
+        found = leading(
+            inverse, k, block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=first
+        )
+        fallbacks += found.fallbacks
+        if not (found.converged and bool(found.right.isfinite().all() and found.left.isfinite().all())):
+            continue
+        next_value = 1 / found.next_value if found.next_value > 0 else math.inf
+        left = orthonormal64(inverse.of_the_matrix(found.left.to(dtype)))
+        triplets, residuals = between(matrix, left, orthonormal64(found.right), factor, next_value)
         allowed = max(math.sqrt(tol) * next_value, 16 * torch.finfo(torch.float64).eps * norm * math.sqrt(k))
-        if found.converged and bool((residuals <= allowed).all()):
-            return triplets, replace(found, residuals=residuals, fallbacks=fallbacks + found.fallbacks)
+        if bool((residuals <= allowed).all()):
+            return triplets, replace(found, residuals=residuals, fallbacks=tuple(dict.fromkeys(fallbacks)))
     triplets = smallest_triplets(matrix, k, factor)
     residuals = residual_norms(matrix, triplets, factor)
-    fallbacks = (*fallbacks, *found.fallbacks, "exact")
+    fallbacks = (*dict.fromkeys(fallbacks), "exact")
     return triplets, replace(found, residuals=residuals, converged=True, fallbacks=fallbacks)

@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from svdkern.linalg.certificate import Certificate, certificate
 from svdkern.linalg.exact import Triplets, largest_triplets, residual_norms, smallest_triplets, with_signs
+from svdkern.linalg.implicit import Implicit, LinearOperator
 from svdkern.linalg.krylov import leading
 from svdkern.linalg.operand import Operand
 from svdkern.linalg.precision import full_precision
@@ -21,6 +23,7 @@ Preset = Literal["fast", "balanced", "accurate"]
 TOLERANCES: dict[str, float] = {"fast": 5e-2, "balanced": 1e-3, "accurate": 1e-6}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_OPERATOR_DTYPES = (torch.float32, torch.float64)
 _EXACT_SIDE = 1024  # up to this short side the exact method takes as long as the Krylov method's small problems
 _KRYLOV_SHARE = 8  # above a share of 1/8 of the short side the basis is as large as the matrix
 
@@ -50,6 +53,8 @@ class SVDInfo:
     converged: bool
     """Whether every residual is at most ``sqrt(tol) * next_value``, or rounding error."""
     fallbacks: tuple[str, ...]
+    certificate: Certificate | None
+    """With ``certify=True``: bounds, and the probability that they are wrong."""
 
 
 class TopkSVD(NamedTuple):
@@ -63,15 +68,16 @@ class TopkSVD(NamedTuple):
 
 @torch.no_grad()
 def topk_svd(
-    A: Tensor,
+    A: Tensor | LinearOperator,
     k: int,
     *,
     which: Which = "largest",
-    tol: float | Preset = 1e-5,
+    tol: float | Preset = 1e-4,
     method: Method = "auto",
     seed: int = 0,
     max_passes: int = 200,
     v0: Tensor | None = None,
+    certify: bool = False,
 ) -> TopkSVD:
     """The k largest or smallest singular triplets: ``A ~ U @ diag(S) @ V.T``.
 
@@ -87,20 +93,24 @@ def topk_svd(
     Algorithm: a block Krylov method (``krylov.py``), on the inverse for the smallest (``smallest.py``); for a short side up to
     1024 or ``k`` above an eighth of it the exact method (``exact.py``). Products are made in float32 (float64 for a float64 A),
     never in TF32 and never under autocast; half precision is read panel by panel, without a copy of A. The smallest triplets
-    need a float64 factorisation of A's size.
+    need a factorisation of A's size in float32, or in float64 where that does not do.
 
     Args:
-        A: (m, n); float32, bfloat16, float16 or float64, any strides, any device.
+        A: (m, n); float32, bfloat16, float16 or float64, any strides, any device. Or an operator (``LinearOperator``), of which the
+            largest triplets can be had, by the Krylov method, with ``info.tail`` from an estimate of its norm.
         k: number of triplets, 1 <= k <= min(m, n).
         which: "largest" or "smallest".
         tol: the Krylov method stops when every ``residuals[i]^2 <= tol * next_value^2``, or when a residual is rounding error.
-            A singular value's relative error is then of the order of ``tol`` or less. "fast" is 5e-2, "balanced" 1e-3,
+            A singular value's relative error is then of the order of ``tol``: less where a gap follows, a few times more in the
+            middle of a dense spectrum. "fast" is 5e-2, "balanced" 1e-3,
             "accurate" 1e-6.
         method: "auto", "krylov" or "exact".
         seed: of the random start. The same seed gives the same bits on the same machine and number of threads.
         max_passes: products with A or its transpose after which the Krylov method gives what it has (``info.converged``
             says so), once it has k triplets at all.
         v0: (n, p), columns near the wanted right singular vectors, to start from.
+        certify: fills ``info.certificate``: a random probe of ``A (I - V V^T)`` bounds what may have been missed, and the residuals
+            bound the rest; takes a few more products. "largest" alone.
 
     Returns:
         U (m, k), S (k,) descending and >= 0, V (n, k), info: float32, or float64 for a float64 A. U and V have orthonormal
@@ -111,34 +121,51 @@ def topk_svd(
         ValueError: A is not a matrix or has a NaN or an infinity, or an argument is out of its range.
     """
     tolerance = _check(A, k, which, tol, method, seed, max_passes, v0)
-    with full_precision(A.device):
-        tall = A.shape[0] >= A.shape[1]
-        operand = Operand(A if tall else A.t(), "A")
+    if certify and which != "largest":
+        raise ValueError(f"certify is True with which={which!r}, expected the largest: the inverse is not probed")
+    if not isinstance(A, Tensor) and (which != "largest" or method == "exact"):
+        raise ValueError(f"which is {which!r} and method {method!r} of an operator, expected 'largest' by 'krylov'")
+    tall = A.shape[0] >= A.shape[1]
+    with full_precision(A.device if isinstance(A, Tensor) else torch.device(getattr(A, "device", "cpu"))):
+        operand = Operand(A if tall else A.t(), "A") if isinstance(A, Tensor) else Implicit(A, "A")
         if method == "auto":
             short = operand.columns
-            method = "exact" if short <= _EXACT_SIDE or k > short // _KRYLOV_SHARE else "krylov"
+            exact = isinstance(A, Tensor) and (short <= _EXACT_SIDE or k > short // _KRYLOV_SHARE)
+            method = "exact" if exact else "krylov"
         if method == "exact":
-            found, info = _exact(operand, k, which, tolerance, seed)
+            assert isinstance(operand, Operand)
+            found, info = _exact(operand, k, which, tolerance, seed, certify)
         else:
             start = None if v0 is None else _start(operand, v0, tall)
-            found, info = _krylov(operand, k, which, tolerance, seed, max_passes, start)
+            found, info = _krylov(operand, k, which, tolerance, seed, max_passes, start, certify)
     u, v = (found.left, found.right) if tall else (found.right, found.left)
-    u, v = with_signs(u, v)
+    u, v = with_signs(u.to(operand.dtype), v.to(operand.dtype))
     sigma = (found.sigma * math.ldexp(1.0, operand.power)).to(operand.dtype)
-    return TopkSVD(u.to(operand.dtype).contiguous(), sigma, v.to(operand.dtype).contiguous(), info)
+    return TopkSVD(u.contiguous(), sigma, v.contiguous(), info)
 
 
-def _exact(operand: Operand, k: int, which: str, tol: float, seed: int) -> tuple[Triplets, SVDInfo]:
+def _exact(operand: Operand, k: int, which: str, tol: float, seed: int, certify: bool) -> tuple[Triplets, SVDInfo]:
     find = largest_triplets if which == "largest" else smallest_triplets
     found = find(operand.matrix, k, operand.factor)
     if which == "smallest" and k == operand.columns:
         found = found._replace(next_value=math.inf)
     residuals = residual_norms(operand.matrix, found, operand.factor)
-    return found, _info(operand, found, residuals, "exact", which, tol, seed, True, ())
+    certified = None
+    if certify:  # nothing is left to chance: the Gram matrix's rounding error is all
+        noise = max(operand.noise(0), 1e-7 * operand.norm)
+        certified = certificate(found.sigma, torch.diag(residuals.square()), found.next_value, noise, 0.0)
+    return found, _info(operand, found, residuals, "exact", which, tol, seed, True, (), certified)
 
 
 def _krylov(
-    operand: Operand, k: int, which: str, tol: float, seed: int, max_passes: int, start: Tensor | None
+    operand: Operand | Implicit,
+    k: int,
+    which: str,
+    tol: float,
+    seed: int,
+    max_passes: int,
+    start: Tensor | None,
+    certify: bool,
 ) -> tuple[Triplets, SVDInfo]:
     block = _block(k, operand)
     if start is not None:
@@ -146,24 +173,24 @@ def _krylov(
     capacity = min(operand.columns, max(6 * k, 12 * block))
     if which == "largest":
         got = leading(
-            operand, k, block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start
-        )
+            operand, k, block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start,
+            certify=certify,
+        )  # fmt: skip
         found = Triplets(got.left, got.sigma, got.right, got.next_value)
     else:
-        if start is not None:
-            start = start.to(torch.float64)
+        assert isinstance(operand, Operand)
         found, got = smallest(
             operand.matrix, k, operand.factor, operand.norm,
             block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start,
         )  # fmt: skip
     return found, _info(
-        operand, found, got.residuals, "krylov", which, tol, seed, got.converged, got.fallbacks,
+        operand, found, got.residuals, "krylov", which, tol, seed, got.converged, got.fallbacks, got.certificate,
         block=block, steps=got.steps, restarts=got.restarts, passes=got.passes,
     )  # fmt: skip
 
 
 def _info(
-    operand: Operand,
+    operand: Operand | Implicit,
     found: Triplets,
     residuals: Tensor,
     method: str,
@@ -172,6 +199,7 @@ def _info(
     seed: int,
     converged: bool,
     fallbacks: tuple[str, ...],
+    certified: Certificate | None,
     *,
     block: int = 0,
     steps: int = 0,
@@ -184,16 +212,17 @@ def _info(
         method=method, which=which, tol=tol, seed=seed, block=block, steps=steps, restarts=restarts, passes=passes,
         residuals=residuals.to("cpu") * scale, next_value=found.next_value * scale, tail=tail * scale,
         converged=converged, fallbacks=fallbacks,
+        certificate=None if certified is None else certified.scaled(scale),
     )  # fmt: skip
 
 
-def _block(k: int, operand: Operand) -> int:
+def _block(k: int, operand: Operand | Implicit) -> int:
     """Narrow blocks cost more a column in the BLAS, wide ones more columns: from 16 (64 on a GPU) to 64 (96)."""
     least, most = (16, 64) if operand.device.type == "cpu" else (64, 96)
     return min(max(least, min(most, -(-k // 16) * 16)), operand.columns)
 
 
-def _start(operand: Operand, v0: Tensor, tall: bool) -> Tensor:
+def _start(operand: Operand | Implicit, v0: Tensor, tall: bool) -> Tensor:
     """v0 on the short side, where the basis lives, its columns of length 1."""
     start = v0.to(operand.device, operand.dtype)
     start = start if tall else operand.transposed(start)
@@ -205,13 +234,24 @@ def _start(operand: Operand, v0: Tensor, tall: bool) -> Tensor:
 
 
 def _check(
-    A: Tensor, k: int, which: str, tol: float | str, method: str, seed: int, max_passes: int, v0: Tensor | None
+    A: Tensor | LinearOperator,
+    k: int,
+    which: str,
+    tol: float | str,
+    method: str,
+    seed: int,
+    max_passes: int,
+    v0: Tensor | None,
 ) -> float:
-    if not isinstance(A, Tensor):
-        raise TypeError(f"A is a {type(A).__name__}, expected a tensor")
-    if A.dtype not in _DTYPES:
+    if not isinstance(A, (Tensor, LinearOperator)):
+        raise TypeError(
+            f"A is a {type(A).__name__}, expected a tensor, or an operator with shape, dtype, matmat and rmatmat"
+        )
+    if isinstance(A, Tensor) and A.dtype not in _DTYPES:
         raise TypeError(f"A is {A.dtype}, expected float32, bfloat16, float16 or float64")
-    if A.dim() != 2:
+    if not isinstance(A, Tensor) and A.dtype not in _OPERATOR_DTYPES:
+        raise TypeError(f"A is an operator of {A.dtype}, expected torch.float32 or torch.float64")
+    if len(A.shape) != 2:
         raise ValueError(f"A is {tuple(A.shape)}, expected a matrix (m, n)")
     for name, value in (("k", k), ("seed", seed), ("max_passes", max_passes)):
         if not isinstance(value, int) or isinstance(value, bool):

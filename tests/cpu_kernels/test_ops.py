@@ -296,3 +296,49 @@ def test_refusals_name_the_value() -> None:
 
 def test_the_isa_is_one_that_is_compiled_in() -> None:
     assert OPS._cpu_isa() in OPS._cpu_isas().split(",")
+
+
+# ------------------------------------------------------------------------------------------ the products of the SVD
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "offset", "no unit stride", "one row"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normal_product_and_energy(dtype: torch.dtype, layout: str) -> None:
+    """y = s a x, z = s a^T y, both from one read of a; the sum of squares in float64."""
+    generator = torch.Generator().manual_seed(3)
+    for m, length, b in itertools.product((0, 1, 29, 300), (1, 17, 33, 200), (0, 1, 16, 37, 64)):
+        a = _laid_out(torch.randn(m, length, generator=generator).to(dtype), layout if m else "plain")
+        x = torch.randn(length, b, generator=generator)
+        y, z = OPS._cpu_normal(a, x, 0.25)
+        wide = 0.25 * a.double()
+        image = wide @ x.double()
+        assert y.dtype == z.dtype == torch.float32
+        _close(y, image, wide.abs() @ x.double().abs(), f"y of {m} {length} {b}")
+        chain = 16 if layout == "one row" else 2  # y is rounded, too; equal terms are all rounded the same way
+        terms = chain * wide.abs().t() @ (wide.abs() @ x.double().abs())  # y is rounded, too
+        _close(z, wide.t() @ image, terms, f"z of {m} {length} {b}")
+    exact = float(wide.square().sum())
+    assert OPS._cpu_energy(a, 0.25) == pytest.approx(exact, rel=1e-13)
+
+
+def test_normal_product_has_the_same_bits_with_any_number_of_threads() -> None:
+    a, x = torch.randn(3000, 1500), torch.randn(1500, 20)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((*OPS._cpu_normal(a, x, 1.0), torch.tensor(OPS._cpu_energy(a, 1.0))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(s, t) for other in found[1:] for s, t in zip(found[0], other, strict=True))
+
+
+def test_normal_product_refuses_what_does_not_fit() -> None:
+    with pytest.raises(RuntimeError, match="the number of rows of x is 3, expected 4"):
+        OPS._cpu_normal(torch.zeros(5, 4), torch.zeros(3, 2), 1.0)
+    with pytest.raises(RuntimeError, match="x must have the dtype of the accumulators, float32"):
+        OPS._cpu_normal(torch.zeros(5, 4), torch.zeros(4, 2).bfloat16(), 1.0)
+    with pytest.raises(RuntimeError, match="a has a dtype without kernels"):
+        OPS._cpu_normal(torch.zeros(5, 4).double(), torch.zeros(4, 2), 1.0)
+    assert OPS._cpu_energy(torch.tensor([[1.0, float("nan")]]), 1.0) != 0
