@@ -3,7 +3,7 @@
 One wheel serves every CPython >= 3.10 and every torch >= 2.11. Without a compiler or torch in the build environment, or with
 ``SVDKERN_BUILD=0``, the wheel is pure Python and one line says what it lacks. Nothing is downloaded.
 
-Environment: ``CXX``, ``CC``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS``, ``SVDKERN_BUILD``; for the GPU kernels those in setup_cuda.py.
+Environment: ``CXX``, ``CC``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS``, ``SVDKERN_BUILD``; setup_cuda.py has more.
 """
 
 from __future__ import annotations

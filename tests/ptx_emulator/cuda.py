@@ -90,10 +90,15 @@ def compile_ptx(source: Path, *flags: str, arch: int = ARCH) -> str:
     return path.read_text()
 
 
+@functools.lru_cache(maxsize=64)
+def _entries(ptx: str) -> dict[str, str]:
+    """The kernels of a module, by names that do not depend on its folder."""
+    return {_ANONYMOUS.sub("", entry): entry for entry in re.findall(r"\.entry\s+([$\w]+)", ptx)}
+
+
 @functools.lru_cache(maxsize=256)
 def _kernel(ptx: str, name: str) -> Kernel:
-    entries = {_ANONYMOUS.sub("", entry): entry for entry in re.findall(r"\.entry\s+([$\w]+)", ptx)}
-    return parse(ptx, entries[_ANONYMOUS.sub("", name)])
+    return parse(ptx, _entries(ptx)[_ANONYMOUS.sub("", name)])
 
 
 @dataclass
@@ -136,8 +141,7 @@ class Library:
         try:
             assert self.handle is not None, "a launch outside `with library.launches(...)`"
             mangled = name.decode()
-            plain = _ANONYMOUS.sub("", mangled)
-            ptx = next(text for text in self.ptx.values() if plain in _ANONYMOUS.sub("", text))
+            ptx = next(text for text in self.ptx.values() if _ANONYMOUS.sub("", mangled) in _entries(text))
             if geometry[4] != 1 or geometry[5] != 1:
                 raise ValueError(
                     f"a block of {geometry[3]}x{geometry[4]}x{geometry[5]} threads: the emulator has x alone"
