@@ -305,6 +305,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
       "_cuda_shrink(Tensor a, Tensor factor, int r, Tensor? sigma, Tensor? core, Tensor? gate, bool gate_first, "
       "Tensor? scale, float scale_value, Tensor? rng_state, int threshold, Tensor(a!)? h, Tensor(b!)? z, "
       "Tensor(c!)? partial, Tensor(d!)? counters) -> ()");
+  m.def(
+      "_cuda_outer(Tensor a, Tensor q, int r, Tensor? rng_state, int threshold, Tensor(a!) out, Tensor(b!)? partial, "
+      "Tensor(c!)? counters) -> ()");
+  m.def(
+      "_cuda_linear(Tensor a, Tensor? w, Tensor? z, Tensor? factor, int r, Tensor? bias, Tensor? rng_state, "
+      "int threshold, Tensor(a!) out) -> ()");
+  m.def("_cuda_probe(Tensor on) -> str");
   m.def("_cuda_build() -> str");
   m.def("_cpu_isa() -> str");
   m.def("_cpu_isas() -> str");

@@ -51,7 +51,7 @@ def run_pack(how: CudaEmulation) -> list[Tensor]:
 
 
 def run_shrink(how: CudaEmulation) -> list[Tensor]:
-    """Two row tiles, three splits of five, five and three steps over four stages; tails of both, dropout, rows with a gap behind them."""
+    """Two row tiles, three splits of five, five and three steps over four stages; tails of both, dropout, gaps behind rows."""
     m, k, r, splits = 70, 776, 3, 3
     generator = torch.Generator().manual_seed(2)
     a = torch.randn(m, 784, generator=generator).to(BF16)[:, :k]
@@ -82,7 +82,8 @@ MUTANTS = {
     "shrink: no barrier in the main loop": Mutant(
         "shrink.cu", "__syncthreads();             // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
     "shrink: a copy is waited for one group late": Mutant(
-        "shrink.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>", "StillInFlight Uninitialised", "late"),
+        "shrink.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
+        "StillInFlight Uninitialised", "late"),
     "shrink: the stage that is read is one off": Mutant(
         "shrink.cu", "unsigned char* stage = shared + step % S::stages * S::stage_bytes;\n    if",
         "unsigned char* stage = shared + (step + 1) % S::stages * S::stage_bytes;\n    if", "bits Uninitialised"),
@@ -107,7 +108,8 @@ MUTANTS = {
         "shrink.cu", "(stage, philox, row0, (first + step) *", "(stage, philox, row0, step *", "bits"),
     "shrink: the mask comes behind the barrier": Mutant(
         "shrink.cu", "multiply<Ranks / 8, T>(acc",
-        "mask_tile<shrink_rows, row_chunks, threads, T>(stage, philox, row0, step), multiply<Ranks / 8, T>(acc", "Race bits", "race"),
+        "mask_tile<shrink_rows, row_chunks, threads, T>(stage, philox, row0, step), multiply<Ranks / 8, T>(acc",
+        "Race bits", "race"),
     "shrink: six rounds of Philox": Mutant("philox.h", "round < 7", "round < 6", "bits"),
     "shrink: D has no factor": Mutant("shrink.cu", "acc[j][2 * half] * p.keep_scale", "acc[j][2 * half]", "bits"),
     "shrink: ranks past r are not zeroed in z": Mutant(
@@ -123,7 +125,8 @@ MUTANTS = {
     "splits: the last but one believes to be the last": Mutant("splits.h", "== count - 1;", "== count - 2;", "bits", "adversarial"),
     "splits: the last one's own piece first, and not from memory": Mutant(
         "shrink.cu", "float sum = 0.0f;\n      for (int split = 0; split < p.splits.splits; ++split) sum +=",
-        "float sum = line[rank - rank0];\n      for (int split = 0; split < p.splits.splits; ++split) if (split != blockIdx.z) sum +=",
+        "float sum = line[rank - rank0];\n      for (int split = 0; split < p.splits.splits; ++split) if (split != blockIdx.z) "
+        "sum +=",
         "bits", "adversarial"),
 }  # fmt: skip
 

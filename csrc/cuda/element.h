@@ -19,6 +19,11 @@ union alignas(16) Chunk {
 };
 
 template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
+template <class T>
 __device__ inline T rounded(float value);
 template <>
 __device__ inline float rounded<float>(float value) {
@@ -48,6 +53,22 @@ __device__ inline float load(const void* data, DType dtype, int64_t at) {
 }
 
 __device__ inline float load(const Scalar& s) { return s.data ? load(s.data, s.dtype, 0) : s.value; }
+
+__device__ inline void store(void* data, DType dtype, int64_t at, float value) {
+  switch (dtype) {
+    case DType::bf16:
+      static_cast<__nv_bfloat16*>(data)[at] = rounded<__nv_bfloat16>(value);
+      break;
+    case DType::f16:
+      static_cast<__half*>(data)[at] = rounded<__half>(value);
+      break;
+    case DType::f64:
+      static_cast<double*>(data)[at] = value;
+      break;
+    default:
+      static_cast<float*>(data)[at] = value;
+  }
+}
 
 // Calls what(T()) for the T of dtype.
 template <class What>

@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 
 #include <initializer_list>
+#include <string>
 
 #include "../tensors.h"
 #include "params.h"
@@ -47,6 +48,18 @@ struct Device {
     STD_TORCH_CHECK(t.has_value() && t->scalar_type() == ScalarType::Int && t->is_contiguous() && t->numel() >= least,
                     name, " must be a contiguous int32 tensor of at least ", least, " elements");
     return static_cast<int32_t*>(t->mutable_data_ptr());
+  }
+
+  // The workspace of split sums of an output (lines, r); none: one split.
+  svdkern::cuda::Splits splits(const MaybeTensor& partial, const MaybeTensor& counted, int lines, int r) const {
+    if (!partial.has_value()) return {};
+    svdkern::cuda::Splits s;
+    const int64_t count = partial->size(0), tiles = static_cast<int64_t>(ceil_div(lines, svdkern::cuda::tile_lines)) *
+                                                    ceil_div(r, svdkern::cuda::tile_ranks);
+    STD_TORCH_CHECK(count > 0 && count < 65536, "partial is for ", count, " splits, expected 1 to 65535");
+    s.partial = static_cast<float*>(dense(partial, "partial", {count, lines, svdkern::cuda::padded(r)}, DType::f32));
+    s.counters = counters(counted, "counters", tiles), s.splits = static_cast<int>(count);
+    return s;
   }
 
   svdkern::cuda::Keep keep(const MaybeTensor& rng_state, int64_t threshold) const {
@@ -146,8 +159,8 @@ void cuda_shrink(const Tensor& a, const Tensor& factor, int64_t r, const MaybeTe
     const View v = device.look(*core, "core", 2, true);
     expect(v.size[0], r, "the number of rows of core", "r");
     expect(v.size[1], r, "the number of columns of core", "r");
-    STD_TORCH_CHECK(p.r <= svdkern::cuda::shrink_ranks, "a core of r = ", r, ", expected at most ",
-                    svdkern::cuda::shrink_ranks);
+    STD_TORCH_CHECK(p.r <= svdkern::cuda::tile_ranks, "a core of r = ", r, ", expected at most ",
+                    svdkern::cuda::tile_ranks);
     p.by.core = as_matrix(v);
   }
   p.by.gate = static_cast<const float*>(device.dense(gate, "gate", {left.size[0], r}, DType::f32));
@@ -158,14 +171,67 @@ void cuda_shrink(const Tensor& a, const Tensor& factor, int64_t r, const MaybeTe
   }
   p.h = static_cast<float*>(device.dense(h, "h", {left.size[0], r}, DType::f32));
   p.z = device.dense(z, "z", {left.size[0], R}, p.dtype);
-  if (partial.has_value()) {
-    p.splits.splits = small(partial->size(0), "the number of splits");
-    p.splits.partial =
-        static_cast<float*>(device.dense(partial, "partial", {partial->size(0), left.size[0], R}, DType::f32));
-    const int tiles = ceil_div(p.rows, svdkern::cuda::shrink_rows) * ceil_div(p.r, svdkern::cuda::shrink_ranks);
-    p.splits.counters = device.counters(counters, "counters", tiles);
-  }
+  p.splits = device.splits(partial, counters, p.rows, p.r);
   check_launch(shrink_launch(p, current_stream(a)), "shrink");
+}
+
+void cuda_outer(const Tensor& a, const Tensor& q, int64_t r, const MaybeTensor& rng_state, int64_t threshold,
+                const Tensor& out, const MaybeTensor& partial, const MaybeTensor& counters) {
+  const Device device{a};
+  const View left = device.look(a, "a", 2), to = device.look(out, "out", 2, true);
+  svdkern::cuda::OuterParams p;
+  p.rows = small(left.size[0], "the number of rows of a"), p.width = small(left.size[1], "the width of a");
+  p.r = small(r, "r"), p.dtype = left.dtype;
+  const int R = svdkern::cuda::padded(p.r);
+  STD_TORCH_CHECK(left.stride[1] == 1 || p.width == 1, "the rows of a must be contiguous");
+  p.a = left.data, p.a_stride = left.stride[0];
+  p.q = device.dense(q, "q", {left.size[0], R}, p.dtype);
+  p.keep = device.keep(rng_state, threshold), p.keep_scale = static_cast<float>(factor_of(threshold));
+  expect(to.size[0], p.width, "the number of rows of out", "the width of a");
+  expect(to.size[1], r, "the number of columns of out", "r");
+  p.out = {const_cast<void*>(to.data), to.size[0], to.size[1], to.stride[0], to.stride[1], to.dtype};
+  p.splits = device.splits(partial, counters, p.width, p.r);
+  check_launch(outer_launch(p, current_stream(a)), "outer");
+}
+
+void cuda_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor& z, const MaybeTensor& factor, int64_t r,
+                 const MaybeTensor& bias, const MaybeTensor& rng_state, int64_t threshold, const Tensor& out) {
+  const Device device{a};
+  const View left = device.look(a, "a", 2), to = device.look(out, "out", 2);
+  svdkern::cuda::LinearParams p;
+  p.rows = small(left.size[0], "the number of rows of a"), p.depth = small(left.size[1], "the width of a");
+  p.columns = small(to.size[1], "the width of out"), p.dtype = left.dtype;
+  STD_TORCH_CHECK(left.stride[1] == 1 || p.depth == 1, "the rows of a must be contiguous");
+  p.a = left.data, p.a_stride = left.stride[0];
+  if (w.has_value()) {  // (depth, columns), one of its strides 1
+    const View v = device.look(*w, "w", 2);
+    expect(v.size[0], p.depth, "the number of rows of w", "the width of a");
+    expect(v.size[1], p.columns, "the number of columns of w", "the width of out");
+    expect_type(v.dtype, p.dtype, "w", "a");
+    const bool down = v.stride[0] == 1 || p.depth == 1, along = v.stride[1] == 1 || p.columns == 1;
+    STD_TORCH_CHECK(down || along, "one of w's strides must be 1");
+    p.w = v.data, p.w_trans = !down, p.w_stride = v.stride[down];
+  }
+  STD_TORCH_CHECK(z.has_value() == factor.has_value(), "z and factor come together");
+  if (z.has_value()) {
+    p.r = small(r, "r");
+    const int R = svdkern::cuda::padded(p.r);
+    p.z = device.dense(z, "z", {left.size[0], R}, p.dtype);
+    p.factor = device.dense(factor, "factor", {to.size[1], R}, p.dtype);
+  }
+  p.bias = device.dense(bias, "bias", {to.size[1]}, p.dtype);
+  p.keep = device.keep(rng_state, threshold), p.keep_scale = static_cast<float>(factor_of(threshold));
+  expect(to.size[0], p.rows, "the number of rows of out", "the rows of a");
+  expect_type(to.dtype, p.dtype, "out", "a");
+  STD_TORCH_CHECK(to.stride[1] == 1 || p.columns == 1, "the rows of out must be contiguous");
+  p.out = const_cast<void*>(to.data), p.out_stride = to.stride[0];
+  check_launch(linear_launch(p, current_stream(a)), "linear");
+}
+
+std::string cuda_probe(const Tensor& on) {
+  (void)on;
+  const cudaError_t error = svdkern::cuda::probe();
+  return error == cudaSuccess ? "" : std::string(cudaGetErrorString(error)) + " (" + std::to_string(error) + ")";
 }
 
 }  // namespace
@@ -173,4 +239,7 @@ void cuda_shrink(const Tensor& a, const Tensor& factor, int64_t r, const MaybeTe
 STABLE_TORCH_LIBRARY_IMPL(svdkern, SVDKERN_CUDA_KEY, m) {
   m.impl("_cuda_pack", TORCH_BOX(&cuda_pack));
   m.impl("_cuda_shrink", TORCH_BOX(&cuda_shrink));
+  m.impl("_cuda_outer", TORCH_BOX(&cuda_outer));
+  m.impl("_cuda_linear", TORCH_BOX(&cuda_linear));
+  m.impl("_cuda_probe", TORCH_BOX(&cuda_probe));
 }

@@ -76,11 +76,63 @@ struct ShrinkParams {
   Splits splits;
 };
 
+// out = (D*a)^T q, (width, r), any dtype and strides.
+struct OuterParams {
+  const void* a = nullptr;  // (rows, width), row-major
+  int64_t a_stride = 0;
+  int rows = 0, width = 0;
+  const void* q = nullptr;  // (rows, R) in T, contiguous
+  int r = 0;
+  DType dtype = DType::f32;
+  Keep keep;
+  float keep_scale = 1.0f;
+  MutableMatrix out;
+  Splits splits;  // partial: (splits, width, R)
+};
+
+// out = a w + D*(z F^T) + bias, rounded once; w and z are optional.
+struct LinearParams {
+  const void* a = nullptr;  // (rows, depth), row-major
+  int64_t a_stride = 0;
+  int rows = 0, depth = 0, columns = 0;
+  const void* w = nullptr;  // (columns, depth) row-major, or with w_trans (depth, columns)
+  int64_t w_stride = 0;
+  bool w_trans = false;
+  const void* z = nullptr;       // (rows, R) in T, contiguous
+  const void* factor = nullptr;  // packed rows (columns, R)
+  int r = 0;
+  const void* bias = nullptr;  // (columns,) in T
+  DType dtype = DType::f32;
+  Keep keep;
+  float keep_scale = 1.0f;
+  void* out = nullptr;  // (rows, columns) row-major in T
+  int64_t out_stride = 0;
+};
+
+// Whether this GPU and driver run the kernels: cudaErrorInsufficientDriver, cudaErrorNoKernelImageForDevice, ...
+cudaError_t probe();
 cudaError_t pack_launch(const PackParams&, cudaStream_t);
 cudaError_t shrink_launch(const ShrinkParams&, cudaStream_t);
+cudaError_t outer_launch(const OuterParams&, cudaStream_t);
+cudaError_t linear_launch(const LinearParams&, cudaStream_t);
 
-constexpr int shrink_rows = 64;    // rows of a tile: ceil(rows / shrink_rows) * ceil(r / shrink_ranks) counters
-constexpr int shrink_ranks = 128;  // most ranks of a tile
+// Tiles of shrink's and outer's output: ceil(rows or width / tile_lines) * ceil(r / tile_ranks) counters of split sums.
+constexpr int tile_lines = 64, tile_ranks = 128;
+
+// From so many tiles of 128 x 128 on, linear takes them; fewer leave most processors idle, and it takes 64 x 64.
+constexpr int linear_wide_tiles = 64;
+
+// Where a tile of linear's output lies: groups of `height` row tiles, rows first within a group, so that neighbours in
+// time share a tile of w and a few of a in the L2.
+struct Place {
+  int row, column;
+};
+__host__ __device__ constexpr Place tile_place(int tile, int row_tiles, int column_tiles, int height) {
+  const int group = tile / (height * column_tiles), first = group * height;
+  const int rows = row_tiles - first < height ? row_tiles - first : height;
+  const int within = tile - group * height * column_tiles;
+  return {first + within % rows, within / rows};
+}
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int padded(int r) { return ceil_div(r, 16) * 16; }  // R

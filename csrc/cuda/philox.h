@@ -41,6 +41,24 @@ struct Philox {
     return ((word & 0xffffu) >= threshold ? 0xffffu : 0u) | ((word >> 16) >= threshold ? 0xffff0000u : 0u);
   }
 
+  // Which elements of a warp's sums survive, of rows g and columns 8 j + 2 t and the next for j = 0 ... 3 (product.h):
+  // words[j], its low half for the first. The four lanes of a row make an octet each and hand each other the word that
+  // is theirs.
+  __device__ void words_of_sums(uint32_t (&words)[4], uint32_t row, uint32_t octet0) const {
+    const int t = threadIdx.x % 4;
+    const uint4 b = bits(row, octet0 + t);
+    const uint32_t mine[4] = {b.x, b.y, b.z, b.w};
+    uint32_t got[4];  // got[s]: from lane t ^ s, of octet t ^ s
+#pragma unroll
+    for (int s = 0; s < 4; ++s) got[s] = __shfl_xor_sync(~0u, pick(mine, t ^ s), s);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) words[j] = pick(got, t ^ j);
+  }
+
+  __device__ static uint32_t pick(const uint32_t (&of)[4], int i) {
+    return i & 2 ? (i & 1 ? of[3] : of[2]) : (i & 1 ? of[1] : of[0]);
+  }
+
   // A chunk of a row, its first column a multiple of its length: what is dropped becomes zero, whatever it was.
   template <class T>
   __device__ void drop(uint4& chunk, int row, int column) const {

@@ -25,11 +25,31 @@ constexpr int threads = 128;
 template <class T, int Ranks>
 struct Shape {
   static constexpr int stages = Ranks > 32 ? 3 : 4;
-  static constexpr int a_bytes = shrink_rows * row_bytes, stage_bytes = a_bytes + Ranks * row_bytes;
+  static constexpr int a_bytes = tile_lines * row_bytes, stage_bytes = a_bytes + Ranks * row_bytes;
   static constexpr int sum_stride = Ranks + 8;  // no bank conflicts where warps write their sums
   static constexpr int shared = stages * stage_bytes;
-  static_assert(shrink_rows * sum_stride * sizeof(float) <= shared);
+  static_assert(tile_lines * sum_stride * sizeof(float) <= shared);
 };
+
+// acc += a f^T, 16 rows of a from a_row on, all ranks.
+template <int Columns, class T>
+__device__ void multiply_tiles(float (&acc)[Columns][4], const unsigned char* a, int a_row, const unsigned char* f) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int k = 0; k < row_chunks; k += 2) {
+      Fragment left, right;
+      load_a(left, a, a_row, k);
+#pragma unroll
+      for (int j = 0; j < Columns; j += 2) {
+        load_b(right, f, 8 * j, k);
+        multiply_pair<T>(acc[j], acc[j + 1], left, right);
+      }
+    }
+  } else {
+#pragma unroll 2
+    for (int k = 0; k < row_chunks; ++k) multiply_f32(acc, a, a_row, f, 0, k);
+  }
+}
 
 // The tile's sums of this split of K, into shared memory: (rows, Ranks), sum_stride apart.
 template <class T, int Ranks>
@@ -42,7 +62,7 @@ __device__ void sum_tile(const ShrinkParams& p, int row0, int rank0, unsigned ch
   const auto copy = [&](int step) {
     if (step < steps) {
       unsigned char* stage = shared + step % S::stages * S::stage_bytes;
-      copy_tile<shrink_rows, row_chunks, threads>(stage, a, row0, (first + step) * row_elements<T>);
+      copy_tile<tile_lines, row_chunks, threads>(stage, a, row0, (first + step) * row_elements<T>);
       copy_tile<Ranks, row_chunks, threads>(stage + S::a_bytes, f, rank0, (first + step) * row_elements<T>);
     }
     ptx::cp_async_commit_group();  // an empty one counts too
@@ -55,24 +75,14 @@ __device__ void sum_tile(const ShrinkParams& p, int row0, int rank0, unsigned ch
     ptx::cp_async_wait_group<S::stages - 2>();
     unsigned char* stage = shared + step % S::stages * S::stage_bytes;
     if (philox.threshold)
-      mask_tile<shrink_rows, row_chunks, threads, T>(stage, philox, row0, (first + step) * row_elements<T>);
+      mask_tile<tile_lines, row_chunks, threads, T>(stage, philox, row0, (first + step) * row_elements<T>);
     __syncthreads();             // this step has come for all, and the last one is read to its end by all
     copy(step + S::stages - 1);  // over the last one
-    if constexpr (sizeof(T) == 2)
-      multiply<Ranks / 8, T>(acc, stage, warp_row, stage + S::a_bytes, 0);
-    else
-      multiply_f32<Ranks / 8>(acc, stage, warp_row, stage + S::a_bytes, 0);
+    multiply_tiles<Ranks / 8, T>(acc, stage, warp_row, stage + S::a_bytes);
   }
   ptx::cp_async_wait_group<0>();
   __syncthreads();  // the stages are free
-  float* sums = reinterpret_cast<float*>(shared);
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < Ranks / 8; ++j)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      *reinterpret_cast<float2*>(sums + (warp_row + g + 8 * half) * S::sum_stride + 8 * j + 2 * t) =
-          make_float2(acc[j][2 * half] * p.keep_scale, acc[j][2 * half + 1] * p.keep_scale);
+  store_sums(reinterpret_cast<float*>(shared), S::sum_stride, warp_row, acc, p.keep_scale);
   __syncthreads();
 }
 
@@ -98,29 +108,19 @@ template <class T, int Ranks>
 __global__ void __launch_bounds__(threads) shrink_kernel(const ShrinkParams p) {
   using S = Shape<T, Ranks>;
   extern __shared__ __align__(128) unsigned char shared[];
-  const int row0 = blockIdx.x * shrink_rows, rank0 = blockIdx.y * Ranks, R = padded(p.r);
+  const int row0 = blockIdx.x * tile_lines, rank0 = blockIdx.y * Ranks, R = padded(p.r);
   sum_tile<T, Ranks>(p, row0, rank0, shared);
   float* sums = reinterpret_cast<float*>(shared);
   const auto each = [&](auto what) {
-    for (int i = threadIdx.x; i < shrink_rows * Ranks; i += threads) {
+    for (int i = threadIdx.x; i < tile_lines * Ranks; i += threads) {
       const int row = row0 + i / Ranks, rank = rank0 + i % Ranks;
       if (row < p.rows && rank < R) what(row, rank, sums + i / Ranks * S::sum_stride);
     }
   };
-  if (p.splits.splits > 1) {
-    const int64_t piece = static_cast<int64_t>(p.rows) * R;
-    each([&](int64_t row, int rank, float* line) {
-      p.splits.partial[blockIdx.z * piece + row * R + rank] = line[rank - rank0];
-    });
-    if (!last_to_publish(p.splits.counters + blockIdx.x * gridDim.y + blockIdx.y, p.splits.splits)) return;
-    each([&](int64_t row, int rank, float* line) {
-      const float* part = p.splits.partial + row * R + rank;
-      float sum = 0.0f;
-      for (int split = 0; split < p.splits.splits; ++split) sum += part[split * piece];
-      line[rank - rank0] = sum;
-    });
-    __syncthreads();
-  }
+  const bool mine = add_splits(
+      p.splits, blockIdx.z, blockIdx.x * gridDim.y + blockIdx.y, static_cast<int64_t>(p.rows) * R,
+      [&](auto what) { each([&](int64_t row, int rank, float* line) { what(row * R + rank, line[rank - rank0]); }); });
+  if (!mine) return;
   const float scale = load(p.by.scale);
   each([&](int64_t row, int rank, float* line) {
     if (p.h && rank < p.r) p.h[row * p.r + rank] = line[rank - rank0];
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(threads) shrink_kernel(const ShrinkParams p) {
 
 template <class T, int Ranks>
 cudaError_t launch_as(const ShrinkParams& p, cudaStream_t stream) {
-  const dim3 grid(ceil_div(p.rows, shrink_rows), ceil_div(p.r, Ranks), p.splits.splits);
+  const dim3 grid(ceil_div(p.rows, tile_lines), ceil_div(p.r, Ranks), p.splits.splits);
   return launch(shrink_kernel<T, Ranks>, grid, threads, Shape<T, Ranks>::shared, p, stream);
 }
 
@@ -145,7 +145,7 @@ cudaError_t shrink_launch(const ShrinkParams& p, cudaStream_t stream) {
     if (p.r <= 16) return launch_as<T, 16>(p, stream);
     if (p.r <= 32) return launch_as<T, 32>(p, stream);
     if (p.r <= 64) return launch_as<T, 64>(p, stream);
-    return launch_as<T, shrink_ranks>(p, stream);
+    return launch_as<T, tile_ranks>(p, stream);
   });
 }
 

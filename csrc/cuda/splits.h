@@ -17,4 +17,21 @@ __device__ inline bool last_to_publish(int* counter, int count) {
   return last;
 }
 
+// The sum over all splits in place of this split's piece of an output tile; false where another CTA makes it. A split's
+// piece of all tiles is `size` floats; each(what) calls what(place in it, value) for every element that this thread has
+// of the tile.
+template <class Each>
+__device__ inline bool add_splits(const Splits& splits, int split, int tile, int64_t size, Each each) {
+  if (splits.splits == 1) return true;
+  each([&](int64_t at, float& value) { splits.partial[split * size + at] = value; });
+  if (!last_to_publish(splits.counters + tile, splits.splits)) return false;
+  each([&](int64_t at, float& value) {
+    float sum = 0.0f;
+    for (int s = 0; s < splits.splits; ++s) sum += splits.partial[s * size + at];
+    value = sum;
+  });
+  __syncthreads();
+  return true;
+}
+
 }  // namespace svdkern::cuda

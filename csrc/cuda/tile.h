@@ -41,10 +41,11 @@ struct Source {
 // Starts to copy rows row0 ... and Chunks chunks from column0 on; by cp.async where rows are aligned.
 template <int Rows, int Chunks, int Threads, class T>
 __device__ inline void copy_tile(unsigned char* tile, const Source<T>& from, int row0, int column0) {
-  static_assert(Rows * Chunks % Threads == 0 || Threads % (Rows * Chunks) == 0);
+  static_assert(Rows * Chunks % Threads == 0);
 #pragma unroll
-  for (int i = threadIdx.x; i < Rows * Chunks; i += Threads) {
-    const int row = i / Chunks, chunk = i % Chunks, column = column0 + chunk * per_chunk<T>;
+  for (int i = 0; i < Rows * Chunks / Threads; ++i) {
+    const int place = i * Threads + threadIdx.x, row = place / Chunks, chunk = place % Chunks;
+    const int column = column0 + chunk * per_chunk<T>;
     const int left = row0 + row < from.rows ? max(min(from.columns - column, per_chunk<T>), 0) : 0;
     const T* at = from.data + (left ? (row0 + row) * from.stride + column : 0);
     unsigned char* to = tile + chunk_offset(row, chunk);
@@ -64,8 +65,8 @@ __device__ inline void copy_tile(unsigned char* tile, const Source<T>& from, int
 template <int Rows, int Chunks, int Threads, class T>
 __device__ inline void mask_tile(unsigned char* tile, const Philox& philox, int row0, int column0) {
 #pragma unroll
-  for (int i = threadIdx.x; i < Rows * Chunks; i += Threads) {
-    const int row = i / Chunks, chunk = i % Chunks;
+  for (int i = 0; i < Rows * Chunks / Threads; ++i) {
+    const int place = i * Threads + threadIdx.x, row = place / Chunks, chunk = place % Chunks;
     uint4* at = reinterpret_cast<uint4*>(tile + chunk_offset(row, chunk));
     uint4 elements = *at;
     philox.drop<T>(elements, row0 + row, column0 + chunk * per_chunk<T>);

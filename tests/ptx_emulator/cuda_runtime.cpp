@@ -43,6 +43,10 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* stub) {
+  return names().count(stub) ? cudaSuccess : cudaErrorInvalidDeviceFunction;
+}
+
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? "the emulator says why" : "a launch that CUDA refuses";
 }
