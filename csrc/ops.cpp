@@ -299,7 +299,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
       "Tensor");
   m.def("_cpu_residual(Tensor weight, Tensor u, Tensor? sigma, Tensor v, float scale) -> Tensor");
   m.def(
-      "_cuda_pack(Tensor first, Tensor(a!) first_out, bool first_rows, Tensor second, Tensor(b!) second_out, "
+      "_cuda_pack(Tensor first, Tensor(a!) first_out, bool first_rows, Tensor? second, Tensor(b!)? second_out, "
       "bool second_rows, Tensor(c!)? control) -> ()");
   m.def(
       "_cuda_shrink(Tensor a, Tensor factor, int r, Tensor? sigma, Tensor? core, Tensor? gate, bool gate_first, "

@@ -36,8 +36,8 @@ def warmup(model: nn.Module, rows: Iterable[int], *, dtype: torch.dtype | None =
         dtype: of x; None: each layer's own weight's, which is right where activations have it.
 
     Returns:
-        How many layers times numbers of rows were run: 0 on a CPU, and wherever another backend than "triton" serves them,
-        which has nothing to compile.
+        How many layers times numbers of rows were run: 0 on a CPU, and wherever a backend serves them that has nothing to
+        compile or to load ("triton" and "cuda" have).
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
@@ -53,7 +53,7 @@ def warmup(model: nn.Module, rows: Iterable[int], *, dtype: torch.dtype | None =
         if not isinstance(layer, SVDLinear) or layer.merged:
             continue
         like = torch.empty(0, dtype=dtype or layer.residual.dtype, device=layer.residual.device)
-        if layer.residual.is_meta or dispatch.choose(like, None) is not dispatch.BACKENDS["triton"]:
+        if layer.residual.is_meta or dispatch.choose(like, None).name not in ("triton", "cuda"):
             continue
         for m in counts:
             _run(layer, like.new_zeros(m, layer.in_features))

@@ -18,7 +18,8 @@ import pytest
 import torch
 from ptx_emulator import cuda
 
-from svdkern.backends import extension
+from svdkern.backends import cuda as backend
+from svdkern.backends import dispatch, extension
 
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -64,6 +65,8 @@ class CudaEmulation:
     mode: str = "convergent"
     seed: int = 0
     ptx: dict[str, str] = field(default_factory=dict)  # by kernel: to run instead of its own
+    scale_on_host: bool = False  # on a GPU it is a buffer of the layer as a rule
+    processors: int = 3
     statistics: dict[str, ptx_emulator.Statistics] | None = None  # by kernel, where somebody counts
     record: Callable[[str, object], None] | None = None  # pytest's record_property
     launches: list[cuda.Launch] = field(default_factory=list)
@@ -98,12 +101,16 @@ class CudaEmulation:
 
 @contextlib.contextmanager
 def cuda_emulation(**options) -> Iterator[CudaEmulation]:  # type: ignore[no-untyped-def]
-    """Inside, the CUDA backend's calls run on CPU tensors."""
+    """Inside, `svd_linear(..., backend="cuda")` runs on CPU tensors, its kernels in the emulator."""
     how = CudaEmulation(**options)
     library()
     with pytest.MonkeyPatch.context() as patch:
-        with contextlib.suppress(ImportError):
-            from svdkern.backends import cuda as backend
-
-            patch.setattr(backend, "call", how.call)
+        patch.setattr(backend, "call", how.call)
+        patch.setattr(backend, "processors", lambda device: how.processors)
+        patch.setattr(backend, "on_host", lambda scale: how.scale_on_host)
+        patch.setattr(dispatch, "why_not", lambda name, device, dtype: None)
+        dispatch._paths.clear()
+        dispatch._chosen.clear()
         yield how
+    dispatch._paths.clear()
+    dispatch._chosen.clear()

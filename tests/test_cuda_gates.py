@@ -90,7 +90,7 @@ def test_no_kernel_spills_and_each_keeps_to_its_registers() -> None:
     compiler, _, archs = torch.ops.svdkern._cuda_build().partition(": ")
     assert {arch for _, arch in usage()} == set(archs.replace("+ptx", "").split())
     names = {name.partition("<")[0] for name, _ in usage()}
-    assert {"pack_kernel", "shrink_kernel"} <= names
+    assert names == {"pack_kernel", "shrink_kernel", "outer_kernel", "linear_kernel"}
     seen = {}
     for (name, arch), counts in usage().items():
         assert counts["LOCAL"] == 0 and counts["STACK"] == 0, f"{name} sm_{arch} spills: {counts}"
@@ -138,14 +138,24 @@ def shrink(r: int, dtype: torch.dtype, how: CudaEmulation) -> None:
     how.call("shrink", a, columns, r, torch.ones(r), None, None, False, None, 1.0, None, 0, h, z, None, None)
 
 
+def products(r: int, dtype: torch.dtype, how: CudaEmulation) -> None:
+    R = -(-r // 16) * 16
+    a, q, out = torch.ones(128, 256, dtype=dtype), torch.ones(128, R, dtype=dtype), torch.empty(256, r)
+    how.call("outer", a, q, r, None, 0, out, None, None)
+    for w in (torch.ones(192, 256, dtype=dtype).t(), torch.ones(256, 192, dtype=dtype)):
+        y, factor = torch.empty(128, 192, dtype=dtype), torch.ones(192, R, dtype=dtype)
+        how.call("linear", a, w, q, factor, r, torch.ones(192, dtype=dtype), None, 0, y)
+
+
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("r", [16, 128])
+@pytest.mark.parametrize("r", [16, 64])
 def test_memory_is_moved_in_whole_sectors_and_with_few_bank_conflicts(dtype: str, r: int) -> None:
     statistics: dict[str, ptx_emulator.Statistics] = {}
     how = CudaEmulation(statistics=statistics)
     pack(r, DTYPES[dtype], how)
     shrink(r, DTYPES[dtype], how)
+    products(r, DTYPES[dtype], how)
     seen = {}
     for launch in how.launches:
         counts = statistics[launch.kernel]
@@ -155,5 +165,5 @@ def test_memory_is_moved_in_whole_sectors_and_with_few_bank_conflicts(dtype: str
             "bank conflicts": counts.conflicts(),
         }
         assert launch.shared <= SMALLEST_SHARED
-    assert len(seen) == 2
+    assert len(seen) == 4
     hold(seen)

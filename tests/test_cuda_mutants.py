@@ -64,7 +64,37 @@ def run_shrink(how: CudaEmulation) -> list[Tensor]:
     return [h, z]
 
 
-RUNS = {"pack.cu": ("pack_kernel", run_pack), "shrink.cu": ("shrink_kernel", run_shrink)}
+def run_outer(how: CudaEmulation) -> list[Tensor]:
+    """Two tiles of columns, three splits of five, five and three steps over four stages; tails of both, dropout."""
+    m, width, r, splits = 776, 70, 3, 3
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(m, 72, generator=generator).to(BF16)[:, :width]
+    q = torch.randn(m, 16, generator=generator).to(BF16)
+    out = unset(r, width).t()
+    counters = torch.zeros(2, dtype=torch.int32)
+    how.call("outer", a, q, r, RNG, 6554, out, unset(splits, width, 16), counters)
+    return [out.contiguous()]
+
+
+def run_linear(how: CudaEmulation) -> list[Tensor]:
+    """Both orientations of w: two tiles each way, five steps of K over three stages and the adapter's before them, dropout."""
+    m, k, n, r = 70, 264, 72, 17
+    generator = torch.Generator().manual_seed(4)
+    a, w = torch.randn(m, k, generator=generator).to(BF16), torch.randn(n, k, generator=generator).to(BF16)
+    z, factor = (torch.randn(size, 32, generator=generator).to(BF16) for size in (m, n))
+    bias, outs = torch.randn(n, generator=generator).to(BF16), []
+    for weight, threshold in ((w.t(), 0), (w.t().contiguous(), 6554)):
+        outs.append(unset(m, n, dtype=BF16))
+        how.call("linear", a, weight, z, factor, r, bias, RNG, threshold, outs[-1])
+    return outs
+
+
+RUNS = {
+    "pack.cu": ("pack_kernel", run_pack),
+    "shrink.cu": ("shrink_kernel", run_shrink),
+    "outer.cu": ("outer_kernel", run_outer),
+    "linear.cu": ("linear_kernel", run_linear),
+}
 
 MUTANTS = {
     # pack.cu
@@ -114,6 +144,44 @@ MUTANTS = {
     "shrink: D has no factor": Mutant("shrink.cu", "acc[j][2 * half] * p.keep_scale", "acc[j][2 * half]", "bits"),
     "shrink: ranks past r are not zeroed in z": Mutant(
         "shrink.cu", "rank < p.r ? modulated", "rank < padded(p.r) ? modulated", "BadAddress bits"),
+    # outer.cu
+    "outer: no barrier in the main loop": Mutant(
+        "outer.cu", "__syncthreads();             // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+    "outer: a copy is waited for one group late": Mutant(
+        "outer.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
+        "StillInFlight Uninitialised", "late"),
+    "outer: the mask is that of the split's own rows": Mutant(
+        "outer.cu", "philox, (first + step) * S::depth,\n", "philox, step * S::depth,\n", "bits"),
+    "outer: columns past the width are stored": Mutant(
+        "outer.cu", "if (line0 + line < p.width && rank0 + rank < p.r)", "if (rank0 + rank < p.r)", "BadAddress"),
+    "outer: ranks past r are stored": Mutant(
+        "outer.cu", "if (line0 + line < p.width && rank0 + rank < p.r)", "if (line0 + line < p.width)", "BadAddress bits"),
+    "outer: the last steps belong to no split": Mutant(
+        "outer.cu", "each = ceil_div(all, p.splits.splits)", "each = all / p.splits.splits", "bits"),
+    "outer: the stages are overwritten with sums before all have read them": Mutant(
+        "outer.cu", "__syncthreads();  // the stages are free", "", "Race", "race"),
+    # linear.cu
+    "linear: no barrier in the main loop": Mutant(
+        "linear.cu", "__syncthreads();          // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+    "linear: a copy is waited for one group late": Mutant(
+        "linear.cu", "cp_async_wait_group<stages - 2>", "cp_async_wait_group<stages - 1>", "StillInFlight Uninitialised", "late"),
+    "linear: the mask falls on K's sums too": Mutant("linear.cu", "step == first - 1)", "step == first)", "bits"),
+    "linear: the adapter's step is K's first again": Mutant(
+        "linear.cu", "step < first ? step : step - base) * S::depth;\n        copy", "step - base) * S::depth;\n        copy",
+        "bits BadAddress"),
+    "linear: one slice of R too few": Mutant("linear.cu", "(R - rank) / slice)", "(R - rank) / slice - 1)", "bits"),
+    "linear: the steps of K begin a step early": Mutant(
+        "linear.cu", "k = (step - first) *", "k = (step - first - 1) *", "bits BadAddress"),
+    "linear: a panel of w is one off": Mutant(
+        "linear.cu", "column0 + i * S::panel);", "column0 + (i + 1) * S::panel);", "bits"),
+    "linear: the words of a quad go to the wrong lane": Mutant("philox.h", "pick(got, t ^ j)", "pick(got, j)", "bits"),
+    "linear: rows past the last are stored": Mutant("linear.cu", "if (row >= p.rows) break;", "", "BadAddress"),
+    "linear: columns past the last are stored": Mutant(
+        "linear.cu", "aligned && column + per_chunk<T> <= p.columns", "aligned && column < p.columns + 8", "BadAddress bits"),
+    "linear: no barrier between the sums and the store": Mutant(
+        "linear.cu", "  __syncthreads();\n  const bool aligned", "  const bool aligned", "Race Uninitialised", "race"),
+    "linear: tiles beyond a group of rows": Mutant(
+        "params.h", "first + within % rows", "first + within % height", "bits BadAddress"),
     # splits.h: what stands between CTAs
     "splits: the counter releases nothing": Mutant(
         "ptx/atom.h", "atom.acq_rel.gpu", "atom.relaxed.gpu", "bits", "adversarial"),
@@ -131,8 +199,14 @@ MUTANTS = {
 }  # fmt: skip
 
 
+def source_of(mutant: Mutant, name: str) -> str:
+    """The kernel that is to see it; a header's is named by the mutant's name."""
+    kernel = name.partition(":")[0]
+    return mutant.file if mutant.file.endswith(".cu") else f"{kernel if kernel != 'splits' else 'shrink'}.cu"
+
+
 @functools.cache
-def mutated(mutant: Mutant) -> str:
+def mutated(mutant: Mutant, main: str) -> str:
     """The PTX of the damaged source, for bf16 and the smallest bucket of ranks alone."""
     folder = cuda.BUILD / "mutants" / hashlib.sha256(repr(mutant).encode()).hexdigest()[:16] / "csrc" / "cuda"
     shutil.rmtree(folder, ignore_errors=True)
@@ -144,9 +218,13 @@ def mutated(mutant: Mutant) -> str:
     path.write_text(text.replace(mutant.sound, mutant.damaged))
     only_bf16 = re.sub(r"case DType::f(?:16|32):\n\s*return what\(\w+\(\)\);", "", (folder / "element.h").read_text())
     (folder / "element.h").write_text(only_bf16)
-    source = folder / (mutant.file if mutant.file.endswith(".cu") else "shrink.cu")
+    source = folder / main
     source.write_text(
-        re.sub(r"if \(p\.r <= (?:32|64)\) return .*;|return launch_as<T, \w+_ranks>.*;", "", source.read_text())
+        re.sub(
+            r"if \(p\.r <= (?:32|64)\) return .*;|return launch_as<T, \w+_ranks>.*;|return launch_as<T, 128, 128>.*;",
+            "",
+            source.read_text(),
+        )
     )
     return cuda.compile_ptx(source)
 
@@ -171,10 +249,10 @@ def symptom(source: str, ptx: str | None, mode: str, seed: int) -> str:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_killed(name: str) -> None:
     mutant = MUTANTS[name]
-    source = mutant.file if mutant.file.endswith(".cu") else "shrink.cu"
+    source = source_of(mutant, name)
     seen = []
     for seed in SEEDS if mutant.mode == "adversarial" else (0,):
-        seen.append(symptom(source, mutated(mutant), mutant.mode, seed))
+        seen.append(symptom(source, mutated(mutant, source), mutant.mode, seed))
         if seen[-1]:
             break
     assert seen[-1] in mutant.seen.split(), seen

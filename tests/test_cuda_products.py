@@ -52,8 +52,9 @@ FLOAT = {
     "layout": ["plain", "misaligned"],
     "splits": [1, 2],
 }
-ADVERSE = {"dtype": [BF16], "shape": [(200, 70), (136, 7)], "r": [3, 17], "out": [F32], "turned": [False], "layout": ["plain", "odd"],
-           "splits": [2, 3], "mode": ADVERSARIAL}  # fmt: skip
+ADVERSE = {"dtype": [BF16], "shape": [(200, 70), (136, 7)], "r": [3, 17], "out": [F32], "turned": [False],
+           "layout": ["plain", "odd"],
+                      "splits": [2, 3], "mode": ADVERSARIAL}  # fmt: skip
 
 
 def outer(case: dict, how: CudaEmulation) -> tuple[Tensor, ...]:
@@ -126,8 +127,9 @@ FLOAT_LINEAR = {
     "w": ["rows", "columns"],
     "layout": ["plain", "odd"],
 }
-ADVERSE_LINEAR = {"dtype": [BF16], "shape": [(70, 264, 33)], "r": [3, 17], "w": ["rows", "columns"], "layout": ["plain", "odd"], "bias": [True],
-                  "out": ["plain"], "mode": ADVERSARIAL}  # fmt: skip
+ADVERSE_LINEAR = {"dtype": [BF16], "shape": [(70, 264, 33)], "r": [3, 17], "w": ["rows", "columns"],
+                  "layout": ["plain", "odd"], "bias": [True],
+                                    "out": ["plain"], "mode": ADVERSARIAL}  # fmt: skip
 
 
 def linear(case: dict, how: CudaEmulation) -> tuple[Tensor, ...]:

@@ -117,15 +117,18 @@ svdkern::cuda::PackedFactor packed(const Device& device, const Tensor& in, const
   return f;
 }
 
-void cuda_pack(const Tensor& first, const Tensor& first_out, bool first_rows, const Tensor& second,
-               const Tensor& second_out, bool second_rows, const MaybeTensor& control) {
+void cuda_pack(const Tensor& first, const Tensor& first_out, bool first_rows, const MaybeTensor& second,
+               const MaybeTensor& second_out, bool second_rows, const MaybeTensor& control) {
   const Device device{first};
   svdkern::cuda::PackParams p;
   p.r = small(device.look(first, "a factor", 2, true).size[1], "r");
   p.dtype = device.look(first_out, "a packed factor", 2).dtype;
-  expect_type(device.look(second_out, "a packed factor", 2).dtype, p.dtype, "a packed factor", "the other");
   p.factors[0] = packed(device, first, first_out, first_rows, p.r);
-  p.factors[1] = packed(device, second, second_out, second_rows, p.r);
+  STD_TORCH_CHECK(second.has_value() == second_out.has_value(), "second and second_out come together");
+  if (second.has_value()) {
+    expect_type(device.look(*second_out, "a packed factor", 2).dtype, p.dtype, "a packed factor", "the other");
+    p.factors[1] = packed(device, *second, *second_out, second_rows, p.r);
+  }
   if (control.has_value()) {
     p.control = device.counters(control, "control", 1);
     p.counters = small(control->numel(), "the size of control");
