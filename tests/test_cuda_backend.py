@@ -130,6 +130,20 @@ def test_the_weight_may_be_trained_and_of_another_dtype() -> None:
 
 
 @with_kernels
+def test_an_expanded_x_and_one_whose_rows_are_not_contiguous() -> None:
+    """pytorch/pytorch#30303: a stride of 0, and strides that have to be copied, give the bits of the contiguous run."""
+    low = cast(operands(20, 40, 24, 3), torch.bfloat16, (torch.float32,) * 3)
+    dy = torch.randn(20, 24).bfloat16()
+    for x in (low["x"][:1].expand(20, 40), low["x"].t().contiguous().t(), torch.cat([low["x"]] * 2, 1)[:, ::2]):
+        with cuda_emulation():
+            got, want = (
+                run(lambda leaves: fused(leaves, backend="cuda"), low | {"x": t}, dy, ("u", "v", "sigma"))
+                for t in (x, x.contiguous())
+            )
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@with_kernels
 @pytest.mark.parametrize("shape", [(0, 8, 6, 2), (5, 8, 6, 0), (5, 0, 6, 2), (5, 8, 0, 2)])
 def test_empty_sizes(shape: tuple[int, int, int, int]) -> None:
     o = operands(*shape)

@@ -99,8 +99,8 @@ RUNS = {
 MUTANTS = {
     # pack.cu
     "pack: no barrier between write and read of the tile": Mutant(
-        "pack.cu", "  __syncthreads();\n  for (int i = threadIdx.x; i < tile_rows * tile_ranks / per_chunk<T>",
-        "  for (int i = threadIdx.x; i < tile_rows * tile_ranks / per_chunk<T>", "Race Uninitialised", "race"),
+        "pack.cu", "  __syncthreads();\n  for (int i = threadIdx.x; i < rows * ranks / per_chunk<T>",
+        "  for (int i = threadIdx.x; i < rows * ranks / per_chunk<T>", "Race Uninitialised", "race"),
     "pack: no barrier before the next chunk of ranks": Mutant(
         "pack.cu", "__syncthreads();  // the tile is read to its end", "", "Race", "race"),
     "pack: the tail of r is not masked": Mutant("pack.cu", " && rank0 + rank < r)", ")", "bits BadAddress"),
@@ -110,7 +110,7 @@ MUTANTS = {
     "pack: a counter is left over": Mutant("pack.cu", "i < p.counters; i", "i < p.counters - 1; i", "bits"),
     # shrink.cu: the pipeline
     "shrink: no barrier in the main loop": Mutant(
-        "shrink.cu", "__syncthreads();             // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+        "shrink.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
     "shrink: a copy is waited for one group late": Mutant(
         "shrink.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
         "StillInFlight Uninitialised", "late"),
@@ -137,16 +137,16 @@ MUTANTS = {
     "shrink: the mask is that of the split's own columns": Mutant(
         "shrink.cu", "(stage, philox, row0, (first + step) *", "(stage, philox, row0, step *", "bits"),
     "shrink: the mask comes behind the barrier": Mutant(
-        "shrink.cu", "multiply<Ranks / 8, T>(acc",
-        "mask_tile<shrink_rows, row_chunks, threads, T>(stage, philox, row0, step), multiply<Ranks / 8, T>(acc",
+        "shrink.cu", "multiply_tiles<Ranks / 8, T>(acc",
+        "mask_tile<tile_lines, row_chunks, threads, T>(stage, philox, row0, step), multiply_tiles<Ranks / 8, T>(acc",
         "Race bits", "race"),
     "shrink: six rounds of Philox": Mutant("philox.h", "round < 7", "round < 6", "bits"),
-    "shrink: D has no factor": Mutant("shrink.cu", "acc[j][2 * half] * p.keep_scale", "acc[j][2 * half]", "bits"),
+    "shrink: D has no factor": Mutant("shrink.cu", "acc, p.keep_scale)", "acc, 1.0f)", "bits"),
     "shrink: ranks past r are not zeroed in z": Mutant(
         "shrink.cu", "rank < p.r ? modulated", "rank < padded(p.r) ? modulated", "BadAddress bits"),
     # outer.cu
     "outer: no barrier in the main loop": Mutant(
-        "outer.cu", "__syncthreads();             // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+        "outer.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
     "outer: a copy is waited for one group late": Mutant(
         "outer.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
         "StillInFlight Uninitialised", "late"),
@@ -162,10 +162,12 @@ MUTANTS = {
         "outer.cu", "__syncthreads();  // the stages are free", "", "Race", "race"),
     # linear.cu
     "linear: no barrier in the main loop": Mutant(
-        "linear.cu", "__syncthreads();          // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+        "linear.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
     "linear: a copy is waited for one group late": Mutant(
-        "linear.cu", "cp_async_wait_group<stages - 2>", "cp_async_wait_group<stages - 1>", "StillInFlight Uninitialised", "late"),
-    "linear: the mask falls on K's sums too": Mutant("linear.cu", "step == first - 1)", "step == first)", "bits"),
+        "linear.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
+        "StillInFlight Uninitialised", "late"),
+    "linear: the mask falls on K's sums too": Mutant(
+        "linear.cu", "step == first - 1)", "step == first)", "bits"),
     "linear: the adapter's step is K's first again": Mutant(
         "linear.cu", "step < first ? step : step - base) * S::depth;\n        copy", "step - base) * S::depth;\n        copy",
         "bits BadAddress"),
@@ -192,9 +194,8 @@ MUTANTS = {
         "splits.h", "count - 1;\n  __syncthreads();\n", "count - 1;\n", "Race Uninitialised bits", "race"),
     "splits: the last but one believes to be the last": Mutant("splits.h", "== count - 1;", "== count - 2;", "bits", "adversarial"),
     "splits: the last one's own piece first, and not from memory": Mutant(
-        "shrink.cu", "float sum = 0.0f;\n      for (int split = 0; split < p.splits.splits; ++split) sum +=",
-        "float sum = line[rank - rank0];\n      for (int split = 0; split < p.splits.splits; ++split) if (split != blockIdx.z) "
-        "sum +=",
+        "splits.h", "float sum = 0.0f;\n    for (int s = 0; s < splits.splits; ++s) sum +=",
+        "float sum = value;\n    for (int s = 0; s < splits.splits; ++s) if (s != split) sum +=",
         "bits", "adversarial"),
 }  # fmt: skip
 
@@ -213,9 +214,9 @@ def mutated(mutant: Mutant, main: str) -> str:
     shutil.copytree(CUDA, folder)
     shutil.copy(CUDA.parent / "svdkern.h", folder.parent)
     path = folder / mutant.file
-    text = path.read_text()
-    assert text.count(mutant.sound) == 1, f"{mutant.sound!r} is {text.count(mutant.sound)} times in {mutant.file}"
-    path.write_text(text.replace(mutant.sound, mutant.damaged))
+    text, sound = (re.sub(" +//", " //", t) for t in (path.read_text(), mutant.sound))  # comments are aligned
+    assert text.count(sound) == 1, f"{sound!r} is {text.count(sound)} times in {mutant.file}"
+    path.write_text(text.replace(sound, mutant.damaged))
     only_bf16 = re.sub(r"case DType::f(?:16|32):\n\s*return what\(\w+\(\)\);", "", (folder / "element.h").read_text())
     (folder / "element.h").write_text(only_bf16)
     source = folder / main
@@ -260,7 +261,7 @@ def test_a_mutant_is_killed(name: str) -> None:
 
 @pytest.mark.parametrize("source", RUNS)
 def test_the_sound_kernel_has_one_result_in_all_of_these_runs(source: str) -> None:
-    modes = [("late", 0), ("race", 0), *(("adversarial", seed) for seed in SEEDS)]
+    modes = [("late", 0), ("race", 0), ("adversarial", 1), ("adversarial", 4)]
     assert [symptom(source, None, mode, seed) for mode, seed in modes] == [""] * len(modes)
 
 

@@ -21,17 +21,21 @@
 namespace svdkern::cuda {
 namespace {
 
-constexpr int group_height = 8, stages = 3, warp_columns = 32;
+constexpr int group_height = 8, warp_columns = 32;
 
 template <class T, int BM, int BN>
 struct Shape {
+  static constexpr int stages = BM == 32 ? 6 : 3;
   static constexpr int warp_rows = BM / 2, column_warps = BN / warp_columns, threads = 2 * column_warps * 32;
-  static constexpr int depth = row_elements<T>, panel = row_elements<T>, panels = BN / panel;
-  static constexpr int panel_bytes = depth * row_bytes;  // of w contracted down its rows
-  static constexpr int a_bytes = BM * row_bytes, stage_bytes = a_bytes + BN * row_bytes, shared = stages * stage_bytes;
+  static constexpr int depth = row_elements<T>, panel = row_elements<T>, panels = ceil_div(BN, panel);
+  static constexpr int panel_bytes = depth * row_bytes;                          // of w contracted down its rows
+  static constexpr int panel_chunks = (BN < panel ? BN : panel) / per_chunk<T>;  // of a row that are copied
+  static constexpr int a_bytes = BM * row_bytes,
+                       w_bytes = BN * row_bytes > panels *panel_bytes ? BN * row_bytes : panels * panel_bytes;
+  static constexpr int stage_bytes = a_bytes + w_bytes, shared = stages * stage_bytes;
   static constexpr int row_blocks = warp_rows / 16, column_blocks = warp_columns / 8;
   static constexpr int out_stride = BN + per_chunk<T>;  // elements; no bank conflicts where warps write theirs
-  static_assert(panels * panel_bytes == BN * row_bytes && column_blocks == 4);
+  static_assert(BM == 2 * warp_rows && column_blocks == 4);
   static_assert(BM * out_stride * sizeof(T) <= shared);
 };
 
@@ -104,7 +108,7 @@ __device__ void mask_sums(Sums<S>& acc, const Philox& philox, int row, int colum
     }
 }
 
-template <class T, class S, bool Trans>
+template <class T, int BM, int BN, bool Trans, class S = Shape<T, BM, BN>>
 __device__ void sum_tile(Sums<S>& acc, const LinearParams& p, int row0, int column0, int warp_row, int warp_column,
                          unsigned char* shared) {
   const int R = p.z ? padded(p.r) : 0, depth = p.w ? p.depth : 0;
@@ -115,33 +119,33 @@ __device__ void sum_tile(Sums<S>& acc, const LinearParams& p, int row0, int colu
   const int first = philox.threshold ? more : 0;  // steps of the adapter that come before those of K
   const auto copy = [&](int step) {
     if (step < steps) {
-      unsigned char* stage = shared + step % stages * S::stage_bytes;
+      unsigned char* stage = shared + step % S::stages * S::stage_bytes;
       const int k = (step - first) * S::depth;
       if (step >= first && step < first + base) {
-        copy_tile<S::warp_rows * 2, row_chunks, S::threads>(stage, a, row0, k);
+        copy_tile<BM, row_chunks, S::threads>(stage, a, row0, k);
         if constexpr (Trans) {
 #pragma unroll
           for (int i = 0; i < S::panels; ++i)
-            copy_tile<S::depth, row_chunks, S::threads>(stage + S::a_bytes + i * S::panel_bytes, w, k,
-                                                        column0 + i * S::panel);
+            copy_tile<S::depth, S::panel_chunks, S::threads>(stage + S::a_bytes + i * S::panel_bytes, w, k,
+                                                             column0 + i * S::panel);
         } else {
-          copy_tile<S::panels * S::panel, row_chunks, S::threads>(stage + S::a_bytes, w, column0, k);
+          copy_tile<BN, row_chunks, S::threads>(stage + S::a_bytes, w, column0, k);
         }
       } else {
         const int rank = (step < first ? step : step - base) * S::depth;
-        copy_tile<S::warp_rows * 2, row_chunks, S::threads>(stage, z, row0, rank);
-        copy_tile<S::panels * S::panel, row_chunks, S::threads>(stage + S::a_bytes, f, column0, rank);
+        copy_tile<BM, row_chunks, S::threads>(stage, z, row0, rank);
+        copy_tile<BN, row_chunks, S::threads>(stage + S::a_bytes, f, column0, rank);
       }
     }
     ptx::cp_async_commit_group();  // an empty one counts too
   };
 #pragma unroll
-  for (int step = 0; step < stages - 1; ++step) copy(step);
+  for (int step = 0; step < S::stages - 1; ++step) copy(step);
   for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait_group<stages - 2>();
-    __syncthreads();          // this step has come for all, and the last one is read to its end by all
-    copy(step + stages - 1);  // over the last one
-    const unsigned char* stage = shared + step % stages * S::stage_bytes;
+    ptx::cp_async_wait_group<S::stages - 2>();
+    __syncthreads();             // this step has come for all, and the last one is read to its end by all
+    copy(step + S::stages - 1);  // over the last one
+    const unsigned char* stage = shared + step % S::stages * S::stage_bytes;
     constexpr int all = row_bytes / 32 * (sizeof(T) == 2 ? 1 : 2), slice = S::depth / all;
     if (step >= first && step < first + base) {
       multiply_tiles<T, S, Trans>(acc, stage, warp_row, stage + S::a_bytes, warp_column, all);
@@ -156,14 +160,14 @@ __device__ void sum_tile(Sums<S>& acc, const LinearParams& p, int row0, int colu
 }
 
 template <class T, int BM, int BN, bool Trans>
-__global__ void __launch_bounds__(Shape<T, BM, BN>::threads) linear_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(Shape<T, BM, BN>::threads, 1) linear_kernel(const LinearParams p) {
   using S = Shape<T, BM, BN>;
   extern __shared__ __align__(128) unsigned char shared[];
   const Place place = tile_place(blockIdx.x, ceil_div(p.rows, BM), ceil_div(p.columns, BN), group_height);
   const int row0 = place.row * BM, column0 = place.column * BN, warp = threadIdx.x / 32;
   const int warp_row = warp / S::column_warps * S::warp_rows, warp_column = warp % S::column_warps * warp_columns;
   Sums<S> acc = {};
-  sum_tile<T, S, Trans>(acc, p, row0, column0, warp_row, warp_column, shared);
+  sum_tile<T, BM, BN, Trans>(acc, p, row0, column0, warp_row, warp_column, shared);
 
   T* tile = reinterpret_cast<T*>(shared);
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -211,6 +215,7 @@ cudaError_t launch_as(const LinearParams& p, cudaStream_t stream) {
 cudaError_t linear_launch(const LinearParams& p, cudaStream_t stream) {
   return by_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
+    if (p.rows <= 32) return launch_as<T, 32, 32>(p, stream);
     if constexpr (sizeof(T) == 2)
       if (ceil_div(p.rows, 128) * ceil_div(p.columns, 128) >= linear_wide_tiles)
         return launch_as<T, 128, 128>(p, stream);
