@@ -62,6 +62,7 @@ void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, void*, void*, void*, void*, int*) {
   names()[stub] = name;
 }
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}  // the emulator has the PTX's own
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaGetKernel(void**, const void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaLaunchKernel(void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
