@@ -27,8 +27,8 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 STAMPS := $(VENV)/stamps
 endif
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
-NATIVE_SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
-CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.c csrc/*/*.h csrc/*/*.cpp tests/cpu_kernels/*.h tests/cpu_kernels/*.cpp)
+NATIVE_SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) setup.py setup_cuda.py pyproject.toml
+CPP_FILES := $(wildcard $(foreach kind,h c cpp cu,csrc/*.$(kind) csrc/*/*.$(kind) csrc/*/*/*.$(kind)) tests/*/*.h tests/*/*.cpp tests/*/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -3,7 +3,7 @@
 One wheel serves every CPython >= 3.10 and every torch >= 2.11. Without a compiler or torch in the build environment, or with
 ``SVDKERN_BUILD=0``, the wheel is pure Python and one line says what it lacks. Nothing is downloaded.
 
-Environment: ``CXX``, ``CC``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS``, ``SVDKERN_BUILD``.
+Environment: ``CXX``, ``CC``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS``, ``SVDKERN_BUILD``; setup_cuda.py has more.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ except ImportError as old:  # without build isolation nothing else checks [build
     raise SystemExit("svdkern needs setuptools >= 77 to build: pip install --upgrade setuptools") from old
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # pip does not
+import setup_cuda  # noqa: E402
+
 BYTES_PER_JOB = 1 << 30  # what one compiler may need
 TORCH_TARGET = "0x020a000000000000"  # the oldest stable ABI that is spoken: torch 2.10
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
@@ -42,8 +45,6 @@ KERNELS_X86 = {
 KERNELS_OTHER = {"csrc/cpu/isa_baseline.cpp": "-ffp-contract=fast"}
 # The exact residual is defined by its roundings: no FMA.
 KERNELS_COMMON = {"csrc/cpu/select.cpp": "", "csrc/cpu/residual.cpp": "-ffp-contract=off"}
-# CUDA sources (csrc/cuda/*.cu) join here: a second table with its own ninja rule (nvcc -cudart static, -Xcompiler -fPIC),
-# used where nvcc is found; their objects go into the same link.
 
 
 def kernel_sources() -> dict[str, str]:
@@ -88,6 +89,11 @@ def ninja_path(path: Path) -> str:
 def ninja_words(*words: str | Path) -> str:
     """Words of a command, as they are: quoted for the shell, and then for ninja."""
     return shlex.join(map(str, words)).replace("$", "$$")
+
+
+def object_name(source: str) -> str:
+    """csrc/cuda/ops.cpp -> cuda_ops.o: two folders may have a file of one name."""
+    return "_".join(Path(source).with_suffix(".o").parts[1:])
 
 
 def torch_directory() -> Path | None:
@@ -148,10 +154,14 @@ class NinjaBuild(build_ext):
         root = ROOT.resolve()
         exports = root / "csrc/exports.map"
         script = ninja_words(f"-Wl,--version-script={exports}")
-        sources = {
-            **kernel_sources(),
-            "csrc/ops.cpp": f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {ninja_words(torch / 'include')}",
-        }
+        operators = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {ninja_words(torch / 'include')}"
+        kit = setup_cuda.toolkit()
+        cuda = isinstance(kit, setup_cuda.Toolkit)
+        built = f'-DSVDKERN_CUDA_BUILD="{kit.description if cuda else ""}"'
+        sources = {**kernel_sources(), "csrc/ops.cpp": f"{operators} {ninja_words(built)}"}
+        if cuda:
+            sources[setup_cuda.OPERATORS] = f"{operators} -isystem {ninja_words(kit.include)}"
+            ldflags = f"{setup_cuda.link_flags(kit, ninja_words)} {ldflags}"
         lines = [
             "ninja_required_version = 1.5",
             f"rule cxx\n  command = {cxx} -std=c++20 {common} {cxxflags} $flags -MMD -MF $out.d -c $in -o $out",
@@ -164,8 +174,13 @@ class NinjaBuild(build_ext):
         ]
         objects = []
         for source, flags in sources.items():
-            objects.append(f"{Path(source).stem}.o")
+            objects.append(object_name(source))
             lines.append(f"build {objects[-1]}: cxx {ninja_path(root / source)}\n  flags = {flags}")
+        if cuda:
+            lines.insert(1, setup_cuda.rule(kit, compiler("CXX", "g++") or [], ninja_words))
+            for source in setup_cuda.SOURCES:
+                objects.append(object_name(source))
+                lines.append(f"build {objects[-1]}: nvcc {ninja_path(root / source)}")
         lines.append(f"build module.o: cc {ninja_path(root / 'csrc/module.c')}\n  flags =")
         lines.append(f"build {linked.name}: link {' '.join(objects)} module.o | {ninja_path(exports)}")
         return "\n".join(lines) + "\n"
@@ -187,6 +202,11 @@ def extensions() -> list[Extension]:
         return [Extension("svdkern._C", [], py_limited_api=True)]
     reason = missing()
     if reason is None:
+        kit = setup_cuda.toolkit()
+        if isinstance(kit, str):
+            print(
+                f"svdkern: {kit}: building without CUDA kernels, GPUs will use Triton's or PyTorch's", file=sys.stderr
+            )
         return [Extension("svdkern._C", [], py_limited_api=True)]
     print(
         f"svdkern: {reason}: building without compiled kernels, every call will use PyTorch's own operators",

@@ -38,7 +38,7 @@ if [ -n "$REHEARSE" ]; then
   SHAPES="64x128x96x8 1x128x128x8"
   ACCURACY_SHAPES="16x64x48x4"
   SECONDS_A_GROUP=0.2
-  TRITON=""
+  KERNELS=""
   TUNE_SHAPES="8x64x64x4"
   TUNE_SECONDS=20
   TESTS="tests/test_functional.py -k gates" # what needs a GPU cannot run here
@@ -50,7 +50,7 @@ else
   GRAPH_SHAPES="8192x4096x4096x16 8192x4096x4096x128 1x4096x4096x16 16x4096x4096x16" # what roofline.py predicts
   ACCURACY_SHAPES="512x1024x1024x16 512x1024x1024x128 4x4096x1024x16"
   SECONDS_A_GROUP=1.5
-  TRITON="svdkern-triton"
+  KERNELS="svdkern-triton svdkern-cuda"
   # r = 16 first: compiling is most of the time, and layers of one R and dtype share what is compiled.
   TUNE_SHAPES="8192x4096x4096x16 2048x4096x4096x16 8192x2048x2048x16 1024x576x1536x16 16x4096x4096x16 4x4096x4096x16
                8192x4096x4096x64 2048x4096x4096x64"
@@ -123,15 +123,15 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
   stage doctor 90 "$PYTHON" -m svdkern doctor
   stage tests 240 "$PYTHON" -m pytest -q $TESTS -p no:cacheprovider --junitxml="$PARTS/tests.xml"
   stage accuracy 60 "$PYTHON" -m svdkern bench accuracy --device "$DEVICE" --shapes $ACCURACY_SHAPES \
-    --providers eager addmm materialised peft_default peft_bf16 svdkern-eager $TRITON svdkern
+    --providers eager addmm materialised peft_default peft_bf16 svdkern-eager $KERNELS svdkern
   stage ceilings 30 "$PYTHON" -m svdkern bench ceilings --device "$DEVICE"
   stage linear 170 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes $SHAPES --seconds "$SECONDS_A_GROUP" \
-    --dtypes bf16 fp16 fp32 --providers frozen eager addmm peft_default peft_bf16 svdkern-eager $TRITON svdkern
+    --dtypes bf16 fp16 fp32 --providers frozen eager addmm peft_default peft_bf16 svdkern-eager $KERNELS svdkern
   [ -n "$REHEARSE" ] || stage graphs 60 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --graph --shapes $GRAPH_SHAPES \
-    --dtypes bf16 --seconds "$SECONDS_A_GROUP" --providers frozen eager addmm peft_bf16 $TRITON svdkern
+    --dtypes bf16 --seconds "$SECONDS_A_GROUP" --providers frozen eager addmm peft_bf16 $KERNELS svdkern
   stage memory 60 "$PYTHON" -m svdkern bench memory --device "$DEVICE" --dtypes bf16 --shapes ${SHAPES%% *}
   stage compile 60 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes ${SHAPES%% *} --dtypes bf16 \
-    --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern $TRITON --compile
+    --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern $KERNELS --compile
   # It begins nothing new after TUNE_SECONDS; what is left is for the candidates that it has begun.
   stage tune $((TUNE_SECONDS + 90)) "$PYTHON" -m svdkern tune --device "$DEVICE" --shapes $TUNE_SHAPES --dtypes bfloat16 \
     --seconds "$SECONDS_A_GROUP" --stop-after "$TUNE_SECONDS" --out "$PARTS/triton_tiles.json"

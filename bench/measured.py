@@ -26,6 +26,7 @@ TITLES = {
     "svdkern-eager": "svdkern-eager",
     "svdkern-cpu": "svdkern-cpu",
     "svdkern-triton": "svdkern-triton",
+    "svdkern-cuda": "svdkern-cuda",
     "svdkern": "svdkern",
 }
 """Providers as they are called and in the order in which they are shown; others come first, under their own names."""

@@ -318,17 +318,27 @@ class SvdkernCpu(Svdkern):
     backend = "cpu"
 
 
-class SvdkernTriton(Svdkern):
-    """svdkern.svd_linear on its Triton backend."""
-
-    backend = "triton"
+class SvdkernOnGpu(Svdkern):
+    """svdkern.svd_linear on a backend that would fall back where it cannot run: another's time is no result of this one."""
 
     def __init__(self, operands: Operands) -> None:
         super().__init__(operands)
         from svdkern.backends import dispatch
 
-        if dispatch.choose(operands.x, "triton").name != "triton":  # eager's time is no result of this one
-            raise ValueError(f"skipped: {dispatch.why_not('triton', operands.x.device, operands.x.dtype)}")
+        if dispatch.choose(operands.x, self.backend).name != self.backend:
+            raise ValueError(f"skipped: {dispatch.why_not(self.backend, operands.x.device, operands.x.dtype)}")
+
+
+class SvdkernTriton(SvdkernOnGpu):
+    """svdkern.svd_linear on its Triton backend."""
+
+    backend = "triton"
+
+
+class SvdkernCuda(SvdkernOnGpu):
+    """svdkern.svd_linear on its CUDA backend."""
+
+    backend = "cuda"
 
 
 PROVIDERS: Mapping[str, type[Provider]] = {
@@ -344,6 +354,7 @@ PROVIDERS: Mapping[str, type[Provider]] = {
     "svdkern-eager": SvdkernEager,
     "svdkern-cpu": SvdkernCpu,
     "svdkern-triton": SvdkernTriton,
+    "svdkern-cuda": SvdkernCuda,
     "svdkern": Svdkern,
 }
 

@@ -2,7 +2,8 @@
 // file that sees torch. Python checks first and says it better; these checks are the second line: no input reads out of
 // bounds.
 //
-// GPU launchers join here (their own STABLE_TORCH_LIBRARY_IMPL for CUDA) and their .cu files in setup.py.
+// The operators of the CUDA kernels are declared here, so that they can be named in any build, and implemented in
+// csrc/cuda/ops.cpp. SVDKERN_CUDA_BUILD: the compiler of the CUDA kernels and their GPUs, "" where there are none.
 #include <cstdlib>
 #include <string>
 #include <tuple>
@@ -308,6 +309,7 @@ double cpu_energy(const Tensor& a, double scale) {
 
 std::string cpu_isa() { return kernels().name; }
 std::string cpu_isas() { return names_of_isas(false); }
+std::string cuda_build() { return SVDKERN_CUDA_BUILD; }
 
 }  // namespace
 
@@ -327,6 +329,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
   m.def("_cpu_residual(Tensor weight, Tensor u, Tensor? sigma, Tensor v, float scale) -> Tensor");
   m.def("_cpu_normal(Tensor a, Tensor x, float scale) -> (Tensor, Tensor)");
   m.def("_cpu_energy(Tensor a, float scale) -> float");
+  m.def(
+      "_cuda_pack(Tensor first, Tensor(a!) first_out, bool first_rows, Tensor? second, Tensor(b!)? second_out, "
+      "bool second_rows, Tensor(c!)? control) -> ()");
+  m.def(
+      "_cuda_shrink(Tensor a, Tensor factor, int r, Tensor? sigma, Tensor? core, Tensor? gate, bool gate_first, "
+      "Tensor? scale, float scale_value, Tensor? rng_state, int threshold, Tensor(a!)? h, Tensor(b!)? z, "
+      "Tensor(c!)? partial, Tensor(d!)? counters) -> ()");
+  m.def(
+      "_cuda_outer(Tensor a, Tensor q, int r, Tensor? rng_state, int threshold, Tensor(a!) out, Tensor(b!)? partial, "
+      "Tensor(c!)? counters) -> ()");
+  m.def(
+      "_cuda_linear(Tensor a, Tensor? w, Tensor? z, Tensor? factor, int r, Tensor? bias, Tensor? rng_state, "
+      "int threshold, Tensor(a!) out) -> ()");
+  m.def("_cuda_probe(Tensor on) -> str");
+  m.def("_cuda_build() -> str");
   m.def("_cpu_isa() -> str");
   m.def("_cpu_isas() -> str");
 }
@@ -346,4 +363,5 @@ STABLE_TORCH_LIBRARY_IMPL(svdkern, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(svdkern, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("_cpu_isas", TORCH_BOX(&cpu_isas));
+  m.impl("_cuda_build", TORCH_BOX(&cuda_build));
 }

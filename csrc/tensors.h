@@ -35,11 +35,10 @@ inline int32_t code_of(DType dtype) {
   return codes[static_cast<int>(dtype)];
 }
 
-inline View look(const Tensor& tensor, const char* name, int64_t dim, bool allow_f64 = false) {
+inline View look_anywhere(const Tensor& tensor, const char* name, int64_t dim, bool allow_f64 = false) {
   View view;
   view.dim = tensor.dim();
   STD_TORCH_CHECK(view.dim == dim, name, " has ", view.dim, " dimensions, expected ", dim);
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU, where this operator runs");
   int32_t code = -1;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
   int found = 0;
@@ -53,6 +52,11 @@ inline View look(const Tensor& tensor, const char* name, int64_t dim, bool allow
   view.size = sizes, view.stride = strides;
   view.data = tensor.const_data_ptr();
   return view;
+}
+
+inline View look(const Tensor& tensor, const char* name, int64_t dim, bool allow_f64 = false) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU, where this operator runs");
+  return look_anywhere(tensor, name, dim, allow_f64);
 }
 
 // Inputs that are absent become data == nullptr; an empty one that is there must not, so it points at something.

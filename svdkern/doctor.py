@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdkern.backends import choices, dispatch, extension, triton, tuned
+from svdkern.backends import choices, cuda, dispatch, extension, triton, tuned
 from svdkern.backends.cpu import SMALL_M, SMALL_WORK, isa, kernels_win
 from svdkern.backends.table import Shape
 from svdkern.functional import svd_linear
@@ -86,6 +86,15 @@ def _compiled() -> list[str]:
     else:
         lines.append(f"  missing: {extension.why_missing}")
         lines.append("  every call takes the eager backend; reinstall with a C++ compiler and ninja to get the kernels")
+    missing = cuda.why_missing()
+    lines.append(
+        "CUDA kernels (NVIDIA GPUs, compute capability 8.0 and later, a driver that knows the runtime inside: nvcc 13 needs 580)"
+    )
+    if missing is None:
+        lines.append(f"  compiled by {torch.ops.svdkern._cuda_build()}; run from their PTX by the tests")
+        lines.append('  taken where a call names them (backend="cuda", SVDKERN_BACKEND=cuda)')
+    else:
+        lines.append(f"  missing: {missing}")
     missing = triton.why_missing()
     lines.append("Triton kernels (NVIDIA GPUs, compute capability 8.0 and later)")
     if missing is None:
@@ -168,7 +177,7 @@ def _self_test() -> tuple[list[str], bool]:
     lines, healthy = ["self-test against float64 (largest error of y and all gradients, in units of its bound)"], True
     for backend in dispatch.BACKENDS:
         for name, dtype in _DTYPES.items():
-            device = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+            device = torch.device("cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu")
             reason = dispatch.why_not(backend, device, dtype)
             if reason is not None:
                 lines.append(f"  {backend:<8}{name:<10}skipped: {reason}")

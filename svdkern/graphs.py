@@ -36,8 +36,8 @@ def warmup(model: nn.Module, rows: Iterable[int], *, dtype: torch.dtype | None =
         dtype: of x; None: each layer's own weight's, which is right where activations have it.
 
     Returns:
-        How many layers times numbers of rows were run: 0 on a CPU, and wherever another backend than "triton" serves them,
-        which has nothing to compile.
+        How many layers times numbers of rows were run: 0 on a CPU, and wherever a backend serves them that has nothing to
+        compile or to load ("triton" and "cuda" have).
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
@@ -54,7 +54,7 @@ def warmup(model: nn.Module, rows: Iterable[int], *, dtype: torch.dtype | None =
             continue
         base = layer.base_dtype if layer.residual is None else layer.residual.dtype
         like = torch.empty(0, dtype=dtype or base, device=layer.u.device)
-        if like.is_meta or dispatch.choose(like, None) is not dispatch.BACKENDS["triton"]:
+        if like.is_meta or dispatch.choose(like, None).name not in ("triton", "cuda"):
             continue
         for m in counts:
             _run(layer, like.new_zeros(m, layer.in_features))

@@ -259,7 +259,7 @@ def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         assert dispatch.choose(x, None).name == "eager"
         monkeypatch.setenv("SVDKERN_BACKEND", "cpuu")
         with pytest.raises(
-            ValueError, match=r"SVDKERN_BACKEND is 'cpuu', expected one of eager, cpu, triton; did you mean 'cpu'"
+            ValueError, match=r"SVDKERN_BACKEND is 'cpuu', expected one of eager, cpu, triton, cuda; did you mean 'cpu'"
         ):
             dispatch.read_environment()
         monkeypatch.delenv("SVDKERN_BACKEND")

@@ -47,7 +47,8 @@ def test_every_set_is_listed_once() -> None:
 
 
 RIVALS = sorted(
-    set(PROVIDERS) - {"compile", "svdkern", "svdkern-eager", "svdkern-cpu", "svdkern-triton", "frozen_svdkern"}
+    set(PROVIDERS)
+    - {"compile", "svdkern", "svdkern-eager", "svdkern-cpu", "svdkern-triton", "svdkern-cuda", "frozen_svdkern"}
 )
 OURS = ["svdkern", "svdkern-cpu", "svdkern-eager", "frozen_svdkern"]
 

@@ -23,6 +23,8 @@ def test_doctor_tests_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     if extension.why_missing is None:
         assert f"in use: {torch.ops.svdkern._cpu_isa()}" in said
         assert "cpu     float16   M=3   ok" in said
+        built = torch.ops.svdkern._cuda_build()
+        assert (f"compiled by {built}" if built else "built without CUDA kernels") in said
 
 
 def test_doctor_names_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

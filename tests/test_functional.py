@@ -354,6 +354,6 @@ def test_errors_name_the_value_and_the_expectation(change, error, message) -> No
 def test_unknown_backend_lists_them() -> None:
     o = cast(operands(4, 8, 6, 3), torch.float32, (torch.float32,) * 3)
     with pytest.raises(
-        ValueError, match=r"backend is 'egaer', expected one of eager, cpu, triton; did you mean 'eager'\?"
+        ValueError, match=r"backend is 'egaer', expected one of eager, cpu, triton, cuda; did you mean 'eager'\?"
     ):
         fused(o, backend="egaer")

@@ -21,7 +21,7 @@ def _copy(folder: Path) -> Path:
     copy = folder / "svdkern-source"
     for name in ("svdkern", "csrc", "triton_kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+    for name in ("setup.py", "setup_cuda.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -66,6 +66,7 @@ def test_the_build_takes_any_folder_name_and_any_flag(tmp_path: Path, monkeypatc
     setup = SimpleNamespace(**runpy.run_path(str(source / "setup.py")))
     if setup.ninja() is None:
         pytest.skip("needs ninja")
+    monkeypatch.setenv("SVDKERN_CUDA", "0")  # test_packaging_cuda.py has the rest
     monkeypatch.setenv("CXXFLAGS", "-DNAME='a b'")
     monkeypatch.setenv("LDFLAGS", "-Wl,-rpath,'$ORIGIN/lib'")
     torch, build = source / "torch", source / "build"
@@ -97,7 +98,7 @@ def test_the_source_distribution_holds_the_kernels(tmp_path: Path) -> None:
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert expected <= names
-    assert {"setup.py", "pyproject.toml", "LICENSE", "svdkern/backends/choices.json"} <= names
+    assert {"setup.py", "setup_cuda.py", "pyproject.toml", "LICENSE", "svdkern/backends/choices.json"} <= names
 
 
 def test_the_version_is_one() -> None:

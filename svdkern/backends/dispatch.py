@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdkern.backends import choices, cpu, extension, triton
+from svdkern.backends import choices, cpu, cuda, extension, triton
 from svdkern.backends.formula import Backend
 from svdkern.backends.table import Shape
 
@@ -27,6 +27,7 @@ BACKENDS: dict[str, Backend] = {
     "eager": cpu.PATHS["eager"],
     "cpu": cpu.PATHS["fused"],
     "triton": triton.TritonBackend(lambda reason: _fall_back("triton", reason)),
+    "cuda": cuda.CudaBackend(),
 }
 
 MOST_KEPT = 4096
@@ -73,6 +74,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if name == "triton":
         return triton.why_not(device, dtype)
+    if name == "cuda":
+        return cuda.why_not(device, dtype)
     if device.type != "cpu":
         return f"the cpu backend was asked for a tensor on {device}"
     if extension.why_missing is not None:
@@ -168,16 +171,20 @@ def _decide(requested: str | None, device: torch.device, dtype: torch.dtype) -> 
     if reason is None:
         return BACKENDS[name]
     by_design = requested is None and dtype not in cpu.DTYPES  # float64 is eager's on every device
-    return BACKENDS["eager"] if by_design else _fall_back(name, reason)
+    if by_design:
+        return BACKENDS["eager"]
+    # where a driver is too old for the compiled kernels, Triton's have its own compiler's code
+    instead = "triton" if name == "cuda" and why_not("triton", device, dtype) is None else "eager"
+    return _fall_back(name, reason, instead)
 
 
-def _fall_back(name: str, reason: str) -> Backend:
+def _fall_back(name: str, reason: str, instead: str = "eager") -> Backend:
     if _environment.strict:
         raise RuntimeError(f"SVDKERN_STRICT=1 and backend {name!r} cannot be used: {reason}")
     if reason not in _said:
         _said.add(reason)
-        log.warning("falling back to the eager backend: %s", reason)
-    return BACKENDS["eager"]
+        log.warning("falling back to the %s backend: %s", instead, reason)
+    return BACKENDS[instead]
 
 
 def _check_name(name: str, what: str) -> None:

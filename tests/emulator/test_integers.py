@@ -125,19 +125,20 @@ def test_bit_field_extract(kind: str) -> None:
     check(f"bfe.{kind} %o, %a, %b, %c;", extract, a, start, length, out=bits)
 
 
-def test_bit_field_insert() -> None:
+@pytest.mark.parametrize("bits", [32, 64])
+def test_bit_field_insert(bits: int) -> None:
     def insert(a: int, b: int, start: int, length: int) -> int:
         for i in range(length & 255):
-            if (start & 255) + i < 32:
+            if (start & 255) + i < bits:
                 place = 1 << (start & 255) + i
                 b = b & ~place | (place if a >> i & 1 else 0)
         return b
 
-    a, b = numbers("u32", 14), numbers("u32", 15)
+    a, b = numbers(f"u{bits}", 14), numbers(f"u{bits}", 15)
     rng = np.random.default_rng(1)
-    start, length = (rng.integers(0, 40, COUNT).astype(np.uint32) for _ in range(2))
+    start, length = (rng.integers(0, bits + 8, COUNT).astype(np.uint32) for _ in range(2))
     start[::7] += 256
-    check("bfi.b32 %o, %a, %b, %c, %e;", insert, a, b, start, length)
+    check(f"bfi.b{bits} %o, %a, %b, %c, %e;", insert, a, b, start, length, out=bits)
 
 
 @pytest.mark.parametrize("table", [0x00, 0x01, 0x1A, 0x80, 0xE8, 0x96, 0xFF, 0x2D])

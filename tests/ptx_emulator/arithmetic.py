@@ -305,24 +305,21 @@ def _extract(machine: Machine, ins: Instruction):
     return run
 
 
-@instruction("bfi", form="b32")
+@instruction("bfi", form="b(?:32|64)")
 def _insert(machine: Machine, ins: Instruction):
+    """A field of `length` bits goes to `start`; what would lie past the top bit is lost."""
     kind = ins.parts[-1]
-    into, start, length = (
-        machine.reader(ins.operands[2], kind),
-        machine.reader(ins.operands[3], "u32"),
-        machine.reader(ins.operands[4], "u32"),
-    )
-    value, write = machine.reader(ins.operands[1], kind), machine.writer(ins.operands[0])
+    width, bits = 8 * size_of(kind), TYPES[kind]
+    value, into = (machine.reader(operand, kind) for operand in ins.operands[1:3])
+    start, length = (machine.reader(operand, "u32") for operand in ins.operands[3:5])
+    write = machine.writer(ins.operands[0])
+    ones = np.array([(1 << n) - 1 for n in range(width + 1)], bits)
 
     def run(rows, mask):
-        at, n = (
-            np.minimum(start(rows) & 255, 32).astype(np.uint64),
-            np.minimum(length(rows) & 255, 32).astype(np.uint64),
-        )
-        field = ((np.uint64(1) << n) - np.uint64(1)) << at
-        result = (into(rows) & ~field) | ((value(rows).astype(np.uint64) << at) & field)
-        write((result & np.uint64(0xFFFFFFFF)).astype(np.uint32), rows, mask)
+        at, n = (np.minimum(v(rows) & np.uint32(255), width) for v in (start, length))
+        shift, inside = (at % width).astype(bits), at < width
+        field = np.where(inside, ones[n] << shift, bits(0))
+        write((into(rows) & ~field) | ((value(rows) << shift) & field), rows, mask)
 
     return run
 

@@ -38,6 +38,7 @@ def run_ptx(
     arguments: Sequence[Argument],
     *,
     shared: int = 0,
+    memory: Sequence[torch.Tensor] = (),
     mode: str = "convergent",
     seed: int = 0,
     resident: int | None = None,
@@ -48,24 +49,25 @@ def run_ptx(
 ) -> Machine:
     """Launch a kernel of `threads` threads a CTA on CPU tensors; raises a PtxError where the program is wrong.
 
-    arguments are in the order of the kernel's parameters, structs as bytes; those left over are zeros. Memory that the
-    kernel may touch is that of the tensors given, and tensors in `read_only` may not be written, those in
-    `write_only` not read.
+    arguments are in the order of the kernel's parameters, structs as bytes; those left over are zeros. What the kernel may
+    touch is the memory of the tensors given, as arguments or in `memory` (what pointers in a struct lead to). Tensors in
+    `read_only` may not be written, those in `write_only` not read.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r}: one of {MODES}")
     kernel = parse(ptx) if isinstance(ptx, str) else ptx
     adversary = ADVERSARIES[seed % len(ADVERSARIES)] if mode == "adversarial" else ""
-    memory = GlobalMemory()
-    memory.weak = mode == "adversarial"
+    reach = GlobalMemory()
+    reach.weak = mode == "adversarial"
     kept, written = ({t.data_ptr() for t in tensors} for tensors in (read_only, write_only))
-    for i, argument in enumerate(arguments):
+    given = [(f"argument {i}", argument) for i, argument in enumerate(arguments)]
+    for name, argument in [*given, *((f"memory {i}", tensor) for i, tensor in enumerate(memory))]:
         if isinstance(argument, torch.Tensor) and argument.numel():
             start = argument.data_ptr()
-            memory.allow(f"argument {i}", start, extent(argument), start not in kept, start not in written)
+            reach.allow(name, start, extent(argument), start not in kept, start not in written)
         if isinstance(argument, TensorMap):
             last = sum((n - 1) * s for n, s in zip(argument.sizes, (argument.element, *argument.strides), strict=True))
-            memory.allow(f"argument {i}", argument.address, last + argument.element)
+            reach.allow(name, argument.address, last + argument.element)
     schedule = Schedule(seed, adversary)
     count = int(np.prod([*grid]))
     if count == 0:
@@ -76,7 +78,7 @@ def run_ptx(
             resident = max(resident, min(count, 2))
     block, maps = pack(kernel, arguments)
     machine = Machine(
-        kernel, (*grid, *(1,) * (3 - len(grid))), threads, block, memory, shared, schedule, resident, budget
+        kernel, (*grid, *(1,) * (3 - len(grid))), threads, block, reach, shared, schedule, resident, budget
     )
     machine.late = mode == "late" or (mode == "adversarial" and seed % 2 == 1)
     machine.tensor_maps = maps

@@ -1,0 +1,140 @@
+// The launchers of the CUDA kernels and the plain structs that they take: raw pointers and strides, no torch.
+// csrc/cuda/ops.cpp fills these from tensors. T is the activations' dtype: bf16, f16 or f32. Launchers check nothing
+// and allocate nothing.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../svdkern.h"
+
+namespace svdkern::cuda {
+
+// A factor (length, r) of any strides and dtype -> T: rows (length, R) for z F^T, or columns (R, length) for a F.
+struct PackedFactor {
+  const void* in = nullptr;
+  int64_t row_stride = 0, rank_stride = 0;
+  int length = 0;
+  DType dtype = DType::f32;
+  bool rows = false;
+  void* out = nullptr;  // rows of 16 bytes' multiples, zeros past r and past length
+  int64_t out_stride = 0;
+};
+
+struct PackParams {
+  PackedFactor factors[2];
+  int r = 0;
+  DType dtype = DType::f32;  // T
+  int* control = nullptr;    // zeroed for the launches that follow, null for none
+  int counters = 0;
+};
+
+// The mask D of a (rows, cols) matrix (philox.h); threshold 0: none.
+struct Keep {
+  const int64_t* rng_state = nullptr;  // (seed, offset), in device memory: a captured graph draws anew
+  uint32_t threshold = 0;
+};
+
+// A number in device memory, or on the host where data is null.
+struct Scalar {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  float value = 1.0f;
+};
+
+// What stands between the product and z: z = s (h sigma | h R) g, or with gate_first s (h g) (sigma | R).
+struct Epilogue {
+  Vector sigma;
+  Matrix core;                  // (r, r); its transpose by its strides
+  const float* gate = nullptr;  // (rows, r), contiguous
+  Scalar scale;
+  bool gate_first = false;
+};
+
+// Products cut into `splits` pieces, summed in their order by whoever comes last: no bit depends on who that is.
+struct Splits {
+  float* partial = nullptr;  // (splits, rows or length, R); null where splits is 1
+  int* counters = nullptr;   // one an output tile, zeroed
+  int splits = 1;
+};
+
+// h = (D*a) F, float (rows, r) contiguous, and z (rows, R) in T, each only where it is wanted.
+struct ShrinkParams {
+  const void* a = nullptr;  // (rows, width), row-major
+  int64_t a_stride = 0;
+  int rows = 0, width = 0;
+  const void* factor = nullptr;  // packed columns (R, width)
+  int64_t factor_stride = 0;
+  int r = 0;
+  DType dtype = DType::f32;
+  Keep keep;
+  float keep_scale = 1.0f;
+  Epilogue by;
+  float* h = nullptr;
+  void* z = nullptr;
+  Splits splits;
+};
+
+// out = (D*a)^T q, (width, r), any dtype and strides.
+struct OuterParams {
+  const void* a = nullptr;  // (rows, width), row-major
+  int64_t a_stride = 0;
+  int rows = 0, width = 0;
+  const void* q = nullptr;  // (rows, R) in T, contiguous
+  int r = 0;
+  DType dtype = DType::f32;
+  Keep keep;
+  float keep_scale = 1.0f;
+  MutableMatrix out;
+  Splits splits;  // partial: (splits, width, R)
+};
+
+// out = a w + D*(z F^T) + bias, rounded once; w and z are optional.
+struct LinearParams {
+  const void* a = nullptr;  // (rows, depth), row-major
+  int64_t a_stride = 0;
+  int rows = 0, depth = 0, columns = 0;
+  const void* w = nullptr;  // (columns, depth) row-major, or with w_trans (depth, columns)
+  int64_t w_stride = 0;
+  bool w_trans = false;
+  const void* z = nullptr;       // (rows, R) in T, contiguous
+  const void* factor = nullptr;  // packed rows (columns, R)
+  int r = 0;
+  const void* bias = nullptr;  // (columns,) in T
+  DType dtype = DType::f32;
+  Keep keep;
+  float keep_scale = 1.0f;
+  void* out = nullptr;  // (rows, columns) row-major in T
+  int64_t out_stride = 0;
+};
+
+// Whether this GPU and driver run the kernels: cudaErrorInsufficientDriver, cudaErrorNoKernelImageForDevice, ...
+cudaError_t probe();
+cudaError_t pack_launch(const PackParams&, cudaStream_t);
+cudaError_t shrink_launch(const ShrinkParams&, cudaStream_t);
+cudaError_t outer_launch(const OuterParams&, cudaStream_t);
+cudaError_t linear_launch(const LinearParams&, cudaStream_t);
+
+// Tiles of shrink's and outer's output: ceil(rows or width / tile_lines) * ceil(r / tile_ranks) counters of split sums.
+constexpr int tile_lines = 64, tile_ranks = 128;
+
+// From so many tiles of 128 x 128 on, linear takes them; fewer leave most processors idle, and it takes 64 x 64.
+constexpr int linear_wide_tiles = 64;
+
+// Where a tile of linear's output lies: groups of `height` row tiles, rows first within a group, so that neighbours in
+// time share a tile of w and a few of a in the L2.
+struct Place {
+  int row, column;
+};
+__host__ __device__ constexpr Place tile_place(int tile, int row_tiles, int column_tiles, int height) {
+  const int group = tile / (height * column_tiles), first = group * height;
+  const int rows = row_tiles - first < height ? row_tiles - first : height;
+  const int within = tile - group * height * column_tiles;
+  return {first + within % rows, within / rows};
+}
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int padded(int r) { return ceil_div(r, 16) * 16; }  // R
+
+}  // namespace svdkern::cuda

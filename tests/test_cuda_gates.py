@@ -1,0 +1,169 @@
+"""What the CUDA kernels of the built extension compile to: registers, spills, shared memory, instructions; and what they move.
+
+`cuda_budgets.json` holds registers and shared memory of each kernel and GPU, wasted sectors and bank conflicts by the emulator's
+count; more than it says fails. SVDKERN_WRITE_BUDGETS=1 writes it anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import ptx_emulator
+import pytest
+import torch
+from emulated_cuda import CudaEmulation, why_not
+from ptx_emulator.compile import tool
+
+from svdkern.backends import extension
+
+pytestmark = pytest.mark.emulator
+
+BUDGETS = Path(__file__).with_name("cuda_budgets.json")
+WRITE = os.environ.get("SVDKERN_WRITE_BUDGETS") == "1"
+BUDGETED = "nvcc 13.0"  # another allocates registers otherwise
+SMALLEST_SHARED = 99 << 10  # of a CTA: sm_86, sm_89 and sm_120
+TYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
+ENTRY = re.compile(r"Function :? ?(\S*?\d+([a-z_]+_kernel)I(13__nv_bfloat16|6__half|f)((?:L[ib]\d+E)*)E\w+?)(?::|\n)")
+
+
+@functools.cache
+def library() -> str | None:
+    if extension.why_missing is not None or not torch.ops.svdkern._cuda_build():
+        return None
+    spec = importlib.util.find_spec("svdkern._C")
+    return spec.origin if spec else None
+
+
+needs_kernels = pytest.mark.skipif(library() is None, reason="needs an extension that was built with nvcc")
+
+
+def listed(option: str) -> Iterator[tuple[str, str, str]]:
+    """(kernel, its GPU, what cuobjdump says of it) of every kernel in the extension, as "shrink_kernel<bf16, 64>", "80"."""
+    told = subprocess.run(
+        [tool("cuobjdump"), option, str(library())], capture_output=True, text=True, check=True
+    ).stdout
+    for part in re.split(r"^Fatbin elf code:$", told, flags=re.M)[1:]:
+        arch = re.search(r"^arch = sm_(\d+)", part, re.M).group(1)  # type: ignore[union-attr]
+        entries = list(ENTRY.finditer(part))
+        for i, entry in enumerate(entries):
+            numbers = re.findall(r"L[ib](\d+)E", entry.group(4))
+            name = f"{entry.group(2)}<{', '.join([TYPES[entry.group(3)], *numbers])}>"
+            yield name, arch, part[entry.end() : entries[i + 1].start() if i + 1 < len(entries) else len(part)]
+
+
+@functools.cache
+def usage() -> dict[tuple[str, str], dict[str, int]]:
+    return {
+        (name, arch): {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+        for name, arch, text in listed("-res-usage")
+    }
+
+
+@functools.cache
+def mnemonics() -> dict[tuple[str, str], frozenset[str]]:
+    pattern = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.M)
+    return {(name, arch): frozenset(pattern.findall(text)) for name, arch, text in listed("-sass")}
+
+
+def hold(seen: dict[str, dict[str, int]]) -> None:
+    """What was seen is within its budget, or becomes it."""
+    allowed = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
+    if WRITE:
+        lines = (f" {json.dumps(key)}: {json.dumps(counts)}" for key, counts in sorted((allowed | seen).items()))
+        BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        return
+    for key, counts in seen.items():
+        assert key in allowed, f"{key} has no budget: run with SVDKERN_WRITE_BUDGETS=1 and look at what it writes"
+        for what, most in allowed[key].items():
+            assert counts[what] <= most, f"{key}: {what} {counts[what]}, at most {most}"
+
+
+@needs_kernels
+def test_no_kernel_spills_and_each_keeps_to_its_registers() -> None:
+    compiler, _, archs = torch.ops.svdkern._cuda_build().partition(": ")
+    assert {arch for _, arch in usage()} == set(archs.replace("+ptx", "").split())
+    names = {name.partition("<")[0] for name, _ in usage()}
+    assert names == {"pack_kernel", "shrink_kernel", "outer_kernel", "linear_kernel"}
+    seen = {}
+    for (name, arch), counts in usage().items():
+        assert counts["LOCAL"] == 0 and counts["STACK"] == 0, f"{name} sm_{arch} spills: {counts}"
+        seen[f"{name} sm_{arch}"] = {"registers": counts["REG"], "static shared": counts["SHARED"]}
+    if compiler != BUDGETED:
+        pytest.skip(f"the budgets are those of {BUDGETED}, this is {compiler}")
+    hold(seen)
+
+
+@needs_kernels
+def test_the_instructions_are_the_intended_ones() -> None:
+    """Tensor cores and ldmatrix for 16-bit types, 16-byte copies into shared memory, no local memory."""
+    assert mnemonics().keys() == usage().keys()
+    for (name, arch), found in mnemonics().items():
+        where = f"{name} sm_{arch}"
+        assert not [m for m in found if m.startswith(("LDL", "STL"))], where
+        if name.startswith("pack_kernel"):
+            assert any(m.startswith("STG.E.128") for m in found), where
+            continue
+        assert any(re.fullmatch(r"LDGSTS\.E(\.\w+)*\.128(\.\w+)*", m) for m in found), where
+        if "<f32" in name:
+            assert any(m.startswith("FFMA") for m in found), where
+            assert not any(m.startswith("HMMA") for m in found), f"{where}: float32 products are IEEE"
+        else:
+            kind = "HMMA.16816.F32.BF16" if "<bf16" in name else "HMMA.16816.F32"
+            assert kind in found, where
+            assert any(m.startswith("LDSM") for m in found), where
+
+
+# --------------------------------------------------------------------------------------------------- what is launched
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+def pack(r: int, dtype: torch.dtype, how: CudaEmulation) -> torch.Tensor:
+    R = -(-r // 16) * 16
+    columns, rows = torch.empty(R, 512, dtype=dtype), torch.empty(256, R, dtype=dtype)
+    how.call("pack", torch.ones(512, r), columns, False, torch.ones(256, r), rows, True, None)
+    return columns
+
+
+def shrink(r: int, dtype: torch.dtype, how: CudaEmulation) -> None:
+    columns, a = pack(r, dtype, CudaEmulation()), torch.ones(128, 512, dtype=dtype)
+    h, z = torch.empty(128, r), torch.empty(128, columns.shape[0], dtype=dtype)
+    how.call("shrink", a, columns, r, torch.ones(r), None, None, False, None, 1.0, None, 0, h, z, None, None)
+
+
+def products(r: int, dtype: torch.dtype, how: CudaEmulation) -> None:
+    R = -(-r // 16) * 16
+    a, q, out = torch.ones(128, 256, dtype=dtype), torch.ones(128, R, dtype=dtype), torch.empty(256, r)
+    how.call("outer", a, q, r, None, 0, out, None, None)
+    for w in (torch.ones(192, 256, dtype=dtype).t(), torch.ones(256, 192, dtype=dtype)):
+        y, factor = torch.empty(128, 192, dtype=dtype), torch.ones(192, R, dtype=dtype)
+        how.call("linear", a, w, q, factor, r, torch.ones(192, dtype=dtype), None, 0, y)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [16, 64])
+def test_memory_is_moved_in_whole_sectors_and_with_few_bank_conflicts(dtype: str, r: int) -> None:
+    statistics: dict[str, ptx_emulator.Statistics] = {}
+    how = CudaEmulation(statistics=statistics)
+    pack(r, DTYPES[dtype], how)
+    shrink(r, DTYPES[dtype], how)
+    products(r, DTYPES[dtype], how)
+    seen = {}
+    for launch in how.launches:
+        counts = statistics[launch.kernel]
+        seen[f"{launch.kernel} {dtype} r={r}, launched"] = {
+            "dynamic shared": launch.shared,
+            "wasted sectors": counts.wasted_sectors(),
+            "bank conflicts": counts.conflicts(),
+        }
+        assert launch.shared <= SMALLEST_SHARED
+    assert len(seen) == 4
+    hold(seen)

@@ -1,0 +1,269 @@
+"""Mutants of the CUDA kernels: a line of a source is damaged, and the emulated tests' kind of run must see it.
+
+Each names what is expected: the emulator's complaint, or "bits" where a mode's bits differ from the sound kernel's, or both where
+either may come first. The sound kernel gives the same bits in all of these runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from emulated_cuda import CUDA, CudaEmulation, why_not
+from operands import RNG
+from ptx_emulator import cuda
+from ptx_emulator.errors import PtxError
+from torch import Tensor
+
+pytestmark = [pytest.mark.emulator, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+BF16 = torch.bfloat16
+SEEDS = range(5)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    sound: str  # stands once in the file
+    damaged: str
+    seen: str  # what the run says, alternatives apart by spaces
+    mode: str = "convergent"
+
+
+def unset(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def run_pack(how: CudaEmulation) -> list[Tensor]:
+    """Two chunks of ranks, tails everywhere."""
+    columns, rows = unset(32, 72, dtype=BF16), unset(70, 32, dtype=BF16)
+    generator = torch.Generator().manual_seed(1)
+    u, v = torch.randn(66, 19, generator=generator), torch.randn(19, 70, generator=generator).t()
+    control = torch.full((200,), 7, dtype=torch.int32)
+    how.call("pack", u, columns, False, v, rows, True, control)
+    return [columns, rows, control]
+
+
+def run_shrink(how: CudaEmulation) -> list[Tensor]:
+    """Two row tiles, three splits of five, five and three steps over four stages; tails of both, dropout, gaps behind rows."""
+    m, k, r, splits = 70, 776, 3, 3
+    generator = torch.Generator().manual_seed(2)
+    a = torch.randn(m, 784, generator=generator).to(BF16)[:, :k]
+    factor = torch.cat([torch.randn(r, k, generator=generator), torch.zeros(16 - r, k)]).to(BF16)
+    h, z = unset(m, r), unset(m, 16, dtype=BF16)
+    how.call(
+        "shrink", a, factor, r, torch.rand(r, generator=generator), None, None, False, None, 0.5, RNG, 6554, h, z,
+        unset(splits, m, 16), torch.zeros(2, dtype=torch.int32),
+    )  # fmt: skip
+    return [h, z]
+
+
+def run_outer(how: CudaEmulation) -> list[Tensor]:
+    """Two tiles of columns, three splits of five, five and three steps over four stages; tails of both, dropout."""
+    m, width, r, splits = 776, 70, 3, 3
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(m, 72, generator=generator).to(BF16)[:, :width]
+    q = torch.randn(m, 16, generator=generator).to(BF16)
+    out = unset(r, width).t()
+    counters = torch.zeros(2, dtype=torch.int32)
+    how.call("outer", a, q, r, RNG, 6554, out, unset(splits, width, 16), counters)
+    return [out.contiguous()]
+
+
+def run_linear(how: CudaEmulation) -> list[Tensor]:
+    """Both orientations of w: two tiles each way, five steps of K over three stages and the adapter's before them, dropout."""
+    m, k, n, r = 70, 264, 72, 17
+    generator = torch.Generator().manual_seed(4)
+    a, w = torch.randn(m, k, generator=generator).to(BF16), torch.randn(n, k, generator=generator).to(BF16)
+    z, factor = (torch.randn(size, 32, generator=generator).to(BF16) for size in (m, n))
+    bias, outs = torch.randn(n, generator=generator).to(BF16), []
+    for weight, threshold in ((w.t(), 0), (w.t().contiguous(), 6554)):
+        outs.append(unset(m, n, dtype=BF16))
+        how.call("linear", a, weight, z, factor, r, bias, RNG, threshold, outs[-1])
+    return outs
+
+
+RUNS = {
+    "pack.cu": ("pack_kernel", run_pack),
+    "shrink.cu": ("shrink_kernel", run_shrink),
+    "outer.cu": ("outer_kernel", run_outer),
+    "linear.cu": ("linear_kernel", run_linear),
+}
+
+MUTANTS = {
+    # pack.cu
+    "pack: no barrier between write and read of the tile": Mutant(
+        "pack.cu", "  __syncthreads();\n  for (int i = threadIdx.x; i < rows * ranks / per_chunk<T>",
+        "  for (int i = threadIdx.x; i < rows * ranks / per_chunk<T>", "Race Uninitialised", "race"),
+    "pack: no barrier before the next chunk of ranks": Mutant(
+        "pack.cu", "__syncthreads();  // the tile is read to its end", "", "Race", "race"),
+    "pack: the tail of r is not masked": Mutant("pack.cu", " && rank0 + rank < r)", ")", "bits BadAddress"),
+    "pack: the tail of the length is not masked": Mutant(
+        "pack.cu", "if (row0 + row < f.length && ", "if (", "bits BadAddress"),
+    "pack: the second factor begins a tile late": Mutant("pack.cu", "blockIdx.x - first :", "blockIdx.x - first + 1 :", "bits"),
+    "pack: a counter is left over": Mutant("pack.cu", "i < p.counters; i", "i < p.counters - 1; i", "bits"),
+    # shrink.cu: the pipeline
+    "shrink: no barrier in the main loop": Mutant(
+        "shrink.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+    "shrink: a copy is waited for one group late": Mutant(
+        "shrink.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
+        "StillInFlight Uninitialised", "late"),
+    "shrink: the stage that is read is one off": Mutant(
+        "shrink.cu", "unsigned char* stage = shared + step % S::stages * S::stage_bytes;\n    if",
+        "unsigned char* stage = shared + (step + 1) % S::stages * S::stage_bytes;\n    if", "bits Uninitialised"),
+    "shrink: one stage too few for the copies": Mutant(
+        "shrink.cu", "unsigned char* stage = shared + step % S::stages * S::stage_bytes;\n      copy",
+        "unsigned char* stage = shared + step % (S::stages - 1) * S::stage_bytes;\n      copy", "bits Race Uninitialised"),
+    "shrink: the stages are overwritten with sums before all have read them": Mutant(
+        "shrink.cu", "__syncthreads();  // the stages are free", "", "Race", "race"),
+    "shrink: no barrier between the sums and who reads them": Mutant(
+        "shrink.cu", "  __syncthreads();\n}\n", "}\n", "Race Uninitialised", "race"),
+    # shrink.cu: tails, splits, dropout
+    "shrink: the tail of the rows is not masked": Mutant(
+        "tile.h", "row0 + row < from.rows ? max(", "true ? max(", "BadAddress"),
+    "shrink: the tail of K is not masked": Mutant(
+        "tile.h", "min(from.columns - column, per_chunk<T>)", "min(from.columns - column + 1, per_chunk<T>)", "bits BadAddress"),
+    "shrink: the last steps of K belong to no split": Mutant(
+        "shrink.cu", "each = ceil_div(all, p.splits.splits)", "each = all / p.splits.splits", "bits"),
+    "shrink: a split is summed twice": Mutant("shrink.cu", "blockIdx.z * each, steps", "blockIdx.z * (each - 1), steps", "bits"),
+    "shrink: the mask is that of the tile's own rows": Mutant(
+        "tile.h", "philox.drop<T>(elements, row0 + row,", "philox.drop<T>(elements, row,", "bits"),
+    "shrink: the mask is that of the split's own columns": Mutant(
+        "shrink.cu", "(stage, philox, row0, (first + step) *", "(stage, philox, row0, step *", "bits"),
+    "shrink: the mask comes behind the barrier": Mutant(
+        "shrink.cu", "multiply_tiles<Ranks / 8, T>(acc",
+        "mask_tile<tile_lines, row_chunks, threads, T>(stage, philox, row0, step), multiply_tiles<Ranks / 8, T>(acc",
+        "Race bits", "race"),
+    "shrink: six rounds of Philox": Mutant("philox.h", "round < 7", "round < 6", "bits"),
+    "shrink: D has no factor": Mutant("shrink.cu", "acc, p.keep_scale)", "acc, 1.0f)", "bits"),
+    "shrink: ranks past r are not zeroed in z": Mutant(
+        "shrink.cu", "rank < p.r ? modulated", "rank < padded(p.r) ? modulated", "BadAddress bits"),
+    # outer.cu
+    "outer: no barrier in the main loop": Mutant(
+        "outer.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+    "outer: a copy is waited for one group late": Mutant(
+        "outer.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
+        "StillInFlight Uninitialised", "late"),
+    "outer: the mask is that of the split's own rows": Mutant(
+        "outer.cu", "philox, (first + step) * S::depth,\n", "philox, step * S::depth,\n", "bits"),
+    "outer: columns past the width are stored": Mutant(
+        "outer.cu", "if (line0 + line < p.width && rank0 + rank < p.r)", "if (rank0 + rank < p.r)", "BadAddress"),
+    "outer: ranks past r are stored": Mutant(
+        "outer.cu", "if (line0 + line < p.width && rank0 + rank < p.r)", "if (line0 + line < p.width)", "BadAddress bits"),
+    "outer: the last steps belong to no split": Mutant(
+        "outer.cu", "each = ceil_div(all, p.splits.splits)", "each = all / p.splits.splits", "bits"),
+    "outer: the stages are overwritten with sums before all have read them": Mutant(
+        "outer.cu", "__syncthreads();  // the stages are free", "", "Race", "race"),
+    # linear.cu
+    "linear: no barrier in the main loop": Mutant(
+        "linear.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+    "linear: a copy is waited for one group late": Mutant(
+        "linear.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
+        "StillInFlight Uninitialised", "late"),
+    "linear: the mask falls on K's sums too": Mutant(
+        "linear.cu", "step == first - 1)", "step == first)", "bits"),
+    "linear: the adapter's step is K's first again": Mutant(
+        "linear.cu", "step < first ? step : step - base) * S::depth;\n        copy", "step - base) * S::depth;\n        copy",
+        "bits BadAddress"),
+    "linear: one slice of R too few": Mutant("linear.cu", "(R - rank) / slice)", "(R - rank) / slice - 1)", "bits"),
+    "linear: the steps of K begin a step early": Mutant(
+        "linear.cu", "k = (step - first) *", "k = (step - first - 1) *", "bits BadAddress"),
+    "linear: a panel of w is one off": Mutant(
+        "linear.cu", "column0 + i * S::panel);", "column0 + (i + 1) * S::panel);", "bits"),
+    "linear: the words of a quad go to the wrong lane": Mutant("philox.h", "pick(got, t ^ j)", "pick(got, j)", "bits"),
+    "linear: rows past the last are stored": Mutant("linear.cu", "if (row >= p.rows) break;", "", "BadAddress"),
+    "linear: columns past the last are stored": Mutant(
+        "linear.cu", "aligned && column + per_chunk<T> <= p.columns", "aligned && column < p.columns + 8", "BadAddress bits"),
+    "linear: no barrier between the sums and the store": Mutant(
+        "linear.cu", "  __syncthreads();\n  const bool aligned", "  const bool aligned", "Race Uninitialised", "race"),
+    "linear: tiles beyond a group of rows": Mutant(
+        "params.h", "first + within % rows", "first + within % height", "bits BadAddress"),
+    # splits.h: what stands between CTAs
+    "splits: the counter releases nothing": Mutant(
+        "ptx/atom.h", "atom.acq_rel.gpu", "atom.relaxed.gpu", "bits", "adversarial"),
+    "splits: the counter releases to its own CTA": Mutant("ptx/atom.h", "acq_rel.gpu", "acq_rel.cta", "bits", "adversarial"),
+    "splits: no barrier before the release": Mutant(
+        "splits.h", "__syncthreads();  // all of the CTA's stores", "// all of the CTA's stores", "bits Race", "adversarial"),
+    "splits: no barrier behind the acquire": Mutant(
+        "splits.h", "count - 1;\n  __syncthreads();\n", "count - 1;\n", "Race Uninitialised bits", "race"),
+    "splits: the last but one believes to be the last": Mutant("splits.h", "== count - 1;", "== count - 2;", "bits", "adversarial"),
+    "splits: the last one's own piece first, and not from memory": Mutant(
+        "splits.h", "float sum = 0.0f;\n    for (int s = 0; s < splits.splits; ++s) sum +=",
+        "float sum = value;\n    for (int s = 0; s < splits.splits; ++s) if (s != split) sum +=",
+        "bits", "adversarial"),
+}  # fmt: skip
+
+
+def source_of(mutant: Mutant, name: str) -> str:
+    """The kernel that is to see it; a header's is named by the mutant's name."""
+    kernel = name.partition(":")[0]
+    return mutant.file if mutant.file.endswith(".cu") else f"{kernel if kernel != 'splits' else 'shrink'}.cu"
+
+
+@functools.cache
+def mutated(mutant: Mutant, main: str) -> str:
+    """The PTX of the damaged source, for bf16 and the smallest bucket of ranks alone."""
+    folder = cuda.BUILD / "mutants" / hashlib.sha256(repr(mutant).encode()).hexdigest()[:16] / "csrc" / "cuda"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(CUDA, folder)
+    shutil.copy(CUDA.parent / "svdkern.h", folder.parent)
+    path = folder / mutant.file
+    text, sound = (re.sub(" +//", " //", t) for t in (path.read_text(), mutant.sound))  # comments are aligned
+    assert text.count(sound) == 1, f"{sound!r} is {text.count(sound)} times in {mutant.file}"
+    path.write_text(text.replace(sound, mutant.damaged))
+    only_bf16 = re.sub(r"case DType::f(?:16|32):\n\s*return what\(\w+\(\)\);", "", (folder / "element.h").read_text())
+    (folder / "element.h").write_text(only_bf16)
+    source = folder / main
+    source.write_text(
+        re.sub(
+            r"if \(p\.r <= (?:32|64)\) return .*;|return launch_as<T, \w+_ranks>.*;|return launch_as<T, 128, 128>.*;",
+            "",
+            source.read_text(),
+        )
+    )
+    return cuda.compile_ptx(source)
+
+
+@functools.cache
+def sound(source: str) -> list[Tensor]:
+    return RUNS[source][1](CudaEmulation())
+
+
+def symptom(source: str, ptx: str | None, mode: str, seed: int) -> str:
+    """The complaint's name, or "bits" where they differ from the sound ones, or ""."""
+    kernel, run = RUNS[source]
+    how = CudaEmulation(mode=mode, seed=seed, ptx={kernel: ptx} if ptx else {})
+    try:
+        got = run(how)
+    except PtxError as problem:
+        return type(problem).__name__
+    same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, sound(source), strict=True))
+    return "" if same else "bits"
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_killed(name: str) -> None:
+    mutant = MUTANTS[name]
+    source = source_of(mutant, name)
+    seen = []
+    for seed in SEEDS if mutant.mode == "adversarial" else (0,):
+        seen.append(symptom(source, mutated(mutant, source), mutant.mode, seed))
+        if seen[-1]:
+            break
+    assert seen[-1] in mutant.seen.split(), seen
+
+
+@pytest.mark.parametrize("source", RUNS)
+def test_the_sound_kernel_has_one_result_in_all_of_these_runs(source: str) -> None:
+    modes = [("late", 0), ("race", 0), ("adversarial", 1), ("adversarial", 4)]
+    assert [symptom(source, None, mode, seed) for mode, seed in modes] == [""] * len(modes)
+
+
+def test_the_mutants_are_of_files_that_are_there() -> None:
+    assert {Path(CUDA, mutant.file).is_file() for mutant in MUTANTS.values()} == {True}
