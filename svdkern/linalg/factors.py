@@ -14,7 +14,7 @@ from svdkern.linalg.filtered import leading_triplets, suits
 from svdkern.linalg.precision import full_precision
 from svdkern.linalg.topk import topk_svd
 
-_TOL = 1e-5  # as topk_svd's
+_TOL = 1e-5
 _ALIGNMENT = 64  # bytes, as PyTorch allocates
 
 
@@ -31,7 +31,7 @@ def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         u, sigma, v = qh[:r].t(), s[:r], p[:, :r]
 
     Algorithm: Chebyshev-filtered subspace iteration on the Gram matrix (``filtered.py``) where that is the fastest; else, and
-    where its float32 does not suffice, ``topk_svd`` with its default tolerance. Residuals are at most ``sqrt(1e-5)`` of the
+    where its float32 does not suffice, ``topk_svd`` with the same tolerance. Residuals are at most ``sqrt(1e-5)`` of the
     first singular value that is left out. ``topk_svd`` reports residuals and takes another tolerance.
 
     Args:
