@@ -90,8 +90,8 @@ def init_adapter(
     files = ModelFiles.open(model)
     targets = find_targets(files.skeleton(), target_modules, exclude_modules)
     for target in targets:
-        n, k = files.tensors[f"{target.name}.weight"].shape
-        r = _rank(config, rank, k, n)
+        linear = target.module  # whatever it is: _check refuses all but linear layers
+        r = _rank(config, rank, linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else 1
         _check(target, r, config, scale_of(alpha, r, config), dropout_p, adapter_dtype, dtype)
     check_replaceable(out, (TENSORS, CONFIG))
     if residual is not None:
