@@ -51,14 +51,12 @@ class SVDLinear(nn.Module):
         layer(x) == torch.nn.functional.linear(x, layer.weight, layer.bias)
 
     Args:
-        in_features, out_features: K and N.
+        in_features, out_features, bias: K and N; whether there is a bias.
         rank: r, 0 <= r <= min(K, N).
-        bias: whether there is a bias.
         method: a name or a configuration of ``svdkern.methods``.
         alpha: s = alpha / rank; None means s = 1.
         dropout_p: dropout on the adapter branch's input while training, in [0, 1].
-        device, dtype: of residual and bias.
-        adapter_dtype: of the factors.
+        device, dtype: of residual and bias. adapter_dtype: of the factors.
     """
 
     in_features: int
