@@ -121,6 +121,7 @@ bench: $(STAMPS)/build
 	$(PY) -m svdkern bench accuracy
 	$(PY) -m svdkern bench memory
 	$(PY) -m svdkern bench init
+	$(PY) -m svdkern bench init_memory
 	$(MAKE) --no-print-directory report
 
 bench-quick: $(STAMPS)/build

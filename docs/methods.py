@@ -47,7 +47,7 @@ def section(name: str, method: type[Method]) -> list[str]:
         ("hooks", card.hooks),
         (
             "settings",
-            f"`svdkern.methods.{method.__name__}({settings.replace('`', '')})`; rank by default {rank_of(config)}",
+            f"`svdkern.methods.{method.__name__}({settings.replace('`', '')})`; `rank=None` takes {rank_of(config)}",
         ),
         ("paper", config.citation),
         ("differs from the authors' code", card.differs),

@@ -26,3 +26,8 @@ def sha256(tensor: Tensor) -> bytes:
         piece = flat[start : start + step].cpu()
         digest.update((ctypes.c_char * (piece.numel() * piece.element_size())).from_address(piece.data_ptr()))
     return digest.digest()
+
+
+def digest_tensor(digest: bytes) -> Tensor:
+    """A digest as a uint8 tensor on the CPU."""
+    return torch.tensor(list(digest), dtype=torch.uint8, device="cpu")

@@ -280,8 +280,8 @@ def regularization(model: nn.Module) -> Tensor:
     """The penalty of the model's methods, a scalar to add to the loss: ``(loss +
     svdkern.regularization(model)).backward()``.
 
-    SORSA: ``(gamma / learning_rate) * mean of ||F^T F - I||_F`` over all factors u and v. Methods without a penalty
-        give 0.
+    SORSA: ``(gamma / learning_rate) * mean of ||F^T F - I||_F`` over all factors u and v. KaSA and SALT have one, too
+    (docs/methods.md); methods without a penalty give 0.
     """
     groups: dict[Method, list[SVDLinear]] = {}
     for _, layer in adapted_layers(model):

@@ -85,7 +85,7 @@ class ModelFiles:
         modules for the rest.
 
         Raises:
-            ValueError: a model whose linear layers are stored transposed.
+            ValueError: a model whose linear layers are stored transposed; no linear layer.
         """
         if self.model_type in _TRANSPOSED:
             raise ValueError(
@@ -102,6 +102,11 @@ class ModelFiles:
                 leaves[path] = nn.Linear(shape[1], shape[0], bias, device="meta", dtype=self.tensors[name].dtype)
             elif _EMBEDDING.search(name) or shape[0] == self.words:
                 leaves[path] = nn.Embedding(shape[0], shape[1], device="meta")
+        if not any(isinstance(leaf, nn.Linear) for leaf in leaves.values()):
+            raise ValueError(
+                f"{self.folder}: its files have no linear layer, a two-dimensional '*.weight' in float32, bfloat16, float16 or "
+                "float64 (quantised models are not supported)"
+            )
         paths = {name.rpartition(".")[0] for name in self.tensors} - {""}
         root = nn.Module()
         for path in sorted(paths, key=_natural):

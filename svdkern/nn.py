@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdkern.autocast import autocast_is_on, without_autocast
-from svdkern.fingerprint import sha256
+from svdkern.autocast import autocast_is_on
+from svdkern.fingerprint import digest_tensor, sha256
 from svdkern.frozen import linear
 from svdkern.functional import svd_linear
 from svdkern.initialisation import check_linear, initial_start, residual_of, scale_of
-from svdkern.linalg import merged_weight
+from svdkern.linalg.merged import effective_weight, merged_weight
 from svdkern.methods import Cut, Factors, Method, Start, method_named
 
 _READ_ONLY = (
@@ -24,8 +24,8 @@ _READ_ONLY = (
     "sigma or v, or merge() the layer and assign to residual"
 )
 _NO_COPY = (
-    "the layer was merged with keep=False: the unmerged residual is gone, so {what} is not possible. "
-    "Merge with keep=True, or save the adapter before merging"
+    "the layer was merged with keep=False: the unmerged residual is gone, so {what} is not possible. Merge with keep=True, "
+    "or save the adapter before merging"
 )
 
 
@@ -37,7 +37,8 @@ class SVDLinear(nn.Module):
     ``device="meta"`` only the shapes, to load a state_dict into.
 
     Parameters: ``residual`` (N, K), frozen; ``u`` (K, r) on the input side; ``sigma`` (r,) or None; ``core`` (r, r) or
-    None; ``v`` (N, r) on the output side; ``bias`` (N,) or None, frozen. Buffers: ``scale`` (0-d float32, not in the
+    None; ``v`` (N, r) on the output side; ``bias`` (N,) or None, frozen; and what else the method has
+    (``config.shapes``; SST and KIND have no residual). Buffers: ``scale`` (0-d float32, not in the
     state_dict; ``layer.scale = 2.0`` writes into it); for methods that change the residual also ``u0, sigma0, v0,
     scale0`` (the initial factors, from which a saved adapter rebuilds the residual) and ``fingerprint`` (SHA-256 of the
     original weight and of the residual). Casting the module casts the parameters, never these buffers.
@@ -50,14 +51,12 @@ class SVDLinear(nn.Module):
         layer(x) == torch.nn.functional.linear(x, layer.weight, layer.bias)
 
     Args:
-        in_features, out_features: K and N.
+        in_features, out_features, bias: K and N; whether there is a bias.
         rank: r, 0 <= r <= min(K, N).
-        bias: whether there is a bias.
         method: a name or a configuration of ``svdkern.methods``.
         alpha: s = alpha / rank; None means s = 1.
         dropout_p: dropout on the adapter branch's input while training, in [0, 1].
-        device, dtype: of residual and bias.
-        adapter_dtype: of the factors.
+        device, dtype: of residual and bias. adapter_dtype: of the factors.
     """
 
     in_features: int
@@ -115,9 +114,8 @@ class SVDLinear(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
         statistic: Tensor | None = None,
     ) -> SVDLinear:
-        """An adapted layer that computes what ``linear`` computes, to the rounding of its weight's dtype.
-
-        (But for methods that mean to start elsewhere: docs/methods.md.)
+        """An adapted layer that computes what ``linear`` computes, to the rounding of its weight's dtype (but for methods that
+        mean to start elsewhere: docs/methods.md).
 
         ``linear`` is left as it is: its weight is never written to (other modules may share it). For "lora" the
         residual shares the weight's storage; methods that change the residual make a new tensor. The bias shares its
@@ -156,8 +154,7 @@ class SVDLinear(nn.Module):
     def cut_out(self, dtype: torch.dtype | None = None, hashes: tuple[bytes, bytes] | None = None) -> None:
         """Put weight minus the cut in the residual's place, which until now is the weight.
 
-        A new tensor: the weight is not written to, and stays what the residual is if anything fails. Nothing to do for
-        methods that keep the weight as it is.
+        A new tensor: the weight is not written to, and stays the residual if anything fails, or if nothing is cut out.
 
         Args:
             dtype: what to cast the residual to (default: weight's dtype).
@@ -168,7 +165,7 @@ class SVDLinear(nn.Module):
         weight = self.residual.detach()
         residual = residual_of(weight, self.config, self.initial).to(dtype or weight.dtype)
         hashes = hashes or (sha256(weight), sha256(residual))
-        self.fingerprint.copy_(torch.stack([_bytes(digest) for digest in hashes]))
+        self.fingerprint.copy_(torch.stack([digest_tensor(digest) for digest in hashes]))
         self.residual = nn.Parameter(residual, requires_grad=False)
 
     def _fill(self, linear: nn.Linear, config: Method, start: Start, scale: float, dropout_p: float) -> None:
@@ -215,13 +212,12 @@ class SVDLinear(nn.Module):
             residual, u, sigma, v = parameters["residual"], parameters["u"], parameters["sigma"], parameters["v"]
             bias, core, scale = parameters["bias"], parameters["core"], buffers["scale"]
         except KeyError:  # parametrized, a DataParallel replica, sharded: these keep a tensor as a plain attribute
-            residual, u, sigma, v = self.residual, self.u, self.sigma, self.v
-            bias, core, scale = self.bias, self.core, self.scale
+            return self._composed_forward(x)
         dropout_p = self.dropout_p if self.training else 0.0
         return svd_linear(x, residual, u, sigma, v, bias, scale=scale, core=core, dropout_p=dropout_p)
 
     def _composed_forward(self, x: Tensor) -> Tensor:
-        """The method makes factors and gate of its parameters, in operations of its own, before the one call."""
+        """The factors and the gate as the method makes them of its parameters, then the one call."""
         factors = self.config.product(self)
         gate, group = self.config.gate(self, x)
         return svd_linear(
@@ -240,21 +236,10 @@ class SVDLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The effective weight (N, K) in residual's dtype, computed now; differentiable in the factors until merged."""
-        residual = self.residual
         if self.merged:
             return self._weight_or_residual()
-        dtype = self.base_dtype if residual is None else residual.dtype
-        wide = torch.promote_types(dtype, torch.float32)
         u, sigma, core, v, _ = self._mergeable()
-        with without_autocast(u.device):
-            left = v.to(wide) * self.scale
-            if core is not None:
-                left = left @ core.to(wide).t()
-            elif sigma is not None:
-                left = left * sigma.to(wide)
-            right = u.to(wide).t()
-            product = left @ right if residual is None else torch.addmm(residual.to(wide), left, right)
-            return product.to(dtype)
+        return effective_weight(self.residual, u, sigma, v, self.scale, core, self.base_dtype)
 
     def _weight_or_residual(self) -> Tensor:
         assert self.residual is not None  # a merged layer has one
@@ -395,7 +380,7 @@ class SVDLinear(nn.Module):
             return
         assert self.fingerprint is not None
         if bytes(self.fingerprint[1].tolist()) == sha256(old):
-            self.fingerprint[1].copy_(_bytes(sha256(new)))
+            self.fingerprint[1].copy_(digest_tensor(sha256(new)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -412,7 +397,3 @@ class SVDLinear(nn.Module):
             f"bias={self.bias is not None}, method={self.method!r}, scale={float(self.scale):g}, "
             f"dropout_p={self.dropout_p:g}" + (", merged=True" if self.merged else "")
         )
-
-
-def _bytes(digest: bytes) -> Tensor:
-    return torch.tensor(list(digest), dtype=torch.uint8, device="cpu")

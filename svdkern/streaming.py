@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from svdkern.adapter_file import CONFIG, TENSORS, dtype_name, key_of
@@ -90,10 +90,12 @@ def init_adapter(
     files = ModelFiles.open(model)
     targets = find_targets(files.skeleton(), target_modules, exclude_modules)
     for target in targets:
-        n, k = files.tensors[f"{target.name}.weight"].shape
-        r = _rank(config, rank, k, n)
+        linear = target.module  # whatever it is: _check refuses all but linear layers
+        r = _rank(config, rank, linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else 1
         _check(target, r, config, scale_of(alpha, r, config), dropout_p, adapter_dtype, dtype)
     check_replaceable(out, (TENSORS, CONFIG))
+    if residual is not None and residual.resolve() == out.resolve():
+        raise ValueError(f"{out} is given for the adapter and for the residual model, expected two directories")
     if residual is not None:
         check_residual_folder(residual, files, config, [target.name for target in targets], dtype)
 
@@ -215,7 +217,14 @@ class _Layers:
             else:
                 ties[attribute] = owner
         metadata = {"row": json.dumps(row), "ties": json.dumps(ties)}
-        self.workspace.add(_part_name(name), lambda path: safetensors.torch.save_file(tensors, path, metadata))
+        self.workspace.add(_part_name(name), lambda path: _save(tensors, path, metadata))
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _part_name(name: str) -> str:
@@ -239,7 +248,7 @@ def _assemble(out: Path, workspace: Workspace, names: list[str]) -> int:
             tensors[key_of(name, attribute)] = part.get_tensor(attribute)
 
     def build(folder: Path) -> None:
-        safetensors.torch.save_file(tensors, folder / TENSORS)
+        _save(tensors, folder / TENSORS)
         digest = hashlib.sha256()
         with (folder / TENSORS).open("rb") as file:
             while piece := file.read(_PIECE):

@@ -225,6 +225,11 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
         save_file({"x.weight": torch.zeros(4, 4)}, twice / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"x\.weight is in a\.safetensors and in b\.safetensors"):
         init_adapter(twice, tmp_path / "out")
+    quantised = tmp_path / "quantised"
+    quantised.mkdir()
+    save_file({"x.weight": torch.zeros(4, 4, dtype=torch.int8)}, quantised / "model.safetensors")
+    with pytest.raises(ValueError, match="no linear layer, .*quantised models are not supported"):
+        init_adapter(quantised, tmp_path / "out")
     transposed = saved(tmp_path / "gpt2", Net())
     (transposed / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="Conv1D"):
@@ -260,6 +265,11 @@ def test_somebody_elses_files_are_not_replaced(tmp_path: Path, target: str) -> N
         init_adapter(folder, tmp_path / "out", rank=4, residual=tmp_path / "res")
     assert (tmp_path / target / "thesis.tex").read_text() == "mine"
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_adapter_and_residual_need_two_places(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected two directories"):
+        init_adapter(saved(tmp_path / "model", Net()), tmp_path / "out", rank=4, residual=tmp_path / "out")
 
 
 def test_a_weight_with_a_nan_is_named(tmp_path: Path) -> None:
@@ -312,6 +322,33 @@ def test_interrupted_and_taken_up_again(tmp_path: Path, monkeypatch: pytest.Monk
     init_adapter(folder, tmp_path / "whole", rank=4)
     assert files_below(tmp_path / "out") == files_below(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("limit", [100, 6_000, 30_000])
+def test_a_file_system_that_takes_no_more(tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning-AI/pytorch-lightning#688: while settings, a layer, and the whole are written."""
+    resource = pytest.importorskip("resource")
+    folder, res = saved(tmp_path / "model", Net()), str(tmp_path / "res")
+    command = ["init", str(folder), "-o", str(tmp_path / "out"), "--rank", "4", "--residual", res]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        assert cli.main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} <= {"model", "out.partial"}
+    assert not list((tmp_path / "out.partial").glob("*.tmp"))
+    assert cli.main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "res"]
+
+
+def test_progress_counts_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tmp_path / "model", Net())
+    init_adapter(folder, tmp_path / "out", rank=4, progress=True)
+    assert "pissa factors: 100%" in (text := capsys.readouterr().err) and "44.5k/44.5k" in text
+    init_adapter(folder, tmp_path / "out", rank=4, progress=False)
+    assert not capsys.readouterr().err
 
 
 def test_the_residual_model_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

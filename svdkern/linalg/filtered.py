@@ -78,18 +78,21 @@ def leading_triplets(tall: Tensor, k: int, tol: float, seed: int) -> Triplets | 
         return None
     x = torch.mm(product, _start(n, width, seed, product.device))
     ritz = _rayleigh_ritz(x, torch.mm(product, x))
-    for _ in range(_MOST_STEPS):
-        if ritz is None:
+    for step in range(_MOST_STEPS):
+        if ritz is None or not float(ritz.values[k]) > 0:
             return None
         largest, last = float(ritz.values[0]), float(ritz.values[k - 1])
-        allowed = math.sqrt(tol * max(float(ritz.values[k]), 0.0))
-        if not math.sqrt(max(last, 0.0)) * allowed > 16 * _EPS * largest:
+        allowed = math.sqrt(tol * float(ritz.values[k]))
+        # A residual below the error of G, which is about 16 roundings of the largest value, would mean nothing. The first
+        # estimates are too low to tell.
+        reachable = math.sqrt(last) * allowed > 16 * _EPS * largest
+        if not reachable and step >= 2:
             return None
         values = ritz.values[:k].to(torch.float32)
         away = torch.linalg.vector_norm(torch.addcmul(ritz.images[:, :k], ritz.vectors[:, :k], values, value=-1), dim=0)
         excess = float((away / values.sqrt()).max()) / allowed
         if excess <= 1:
-            return _from_the_matrix(panels, ritz, k)
+            return _from_the_matrix(panels, ritz, k) if reachable else None
         bound = float(ritz.values[-1])
         if not bound > 0:
             return None

@@ -1,4 +1,4 @@
-"""The merged weight ``W_res + s V diag(sigma) U^T``, rounded once."""
+"""The weight ``W_res + s V diag(sigma) U^T`` that a layer is equal to: merged, rounded once; or differentiable."""
 
 from __future__ import annotations
 
@@ -47,3 +47,26 @@ def merged_weight(
             rows = slice(start, start + height)
             out[rows] = torch.addmm(residual[rows].to(torch.float64), left[rows], right)
     return out
+
+
+def effective_weight(
+    residual: Tensor | None,
+    u: Tensor,
+    sigma: Tensor | None,
+    v: Tensor,
+    scale: Tensor,
+    core: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same sum in float32 (or wider), differentiable in residual and factors; in residual's dtype, or ``dtype`` without one."""
+    dtype = dtype if residual is None else residual.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    with without_autocast(u.device):
+        left = v.to(wide) * scale
+        if core is not None:
+            left = left @ core.to(wide).t()
+        elif sigma is not None:
+            left = left * sigma.to(wide)
+        right = u.to(wide).t()
+        product = left @ right if residual is None else torch.addmm(residual.to(wide), left, right)
+        return product.to(dtype)

@@ -4,7 +4,7 @@
     trains U, V, gamma: r (K + N) + 1 numbers
     round end: gamma <- 1 in the ``keep`` share of layers with the largest gamma, 0 in the others, and stays so
 
-With gamma = 0 the layer is the base layer, and neither U nor V has a gradient. No code is published. The paper alternates
+With gamma = 0 the layer is the base layer, and neither U nor V has a gradient. No code was found. The paper alternates
 between steps of gamma and of U and V: give them to the optimizer as two groups. Its weight sharing for the layers that are
 left out is not here.
 """
@@ -43,7 +43,8 @@ class DiffoRA(LoRA):
         "U random (kaiming), V = 0, gamma = 1; the weight's output",
         "r*(K + N) + 1",
         hooks="after a step: gamma within [0, 1]; at the end of the search: 1 in the layers that are kept, 0 elsewhere",
-        differs="No code is published. The gate and its selection only: the weight sharing between unselected layers is not here.",
+        differs="No code was found to compare with. The gate and its selection only: "
+        "the weight sharing between unselected layers is not here.",
     )
     trains: ClassVar[tuple[str, ...]] = ("u", "v", "gamma")
     composes: ClassVar[bool] = True

@@ -71,10 +71,11 @@ class KIND(Method):
     citation: ClassVar[str] = "KIND: Knowledge Integration and Diversion in Diffusion Models. arXiv 2408.07337, 2024"
     card: ClassVar[Card] = Card(
         "((x U) * sigma * [1, g(class)]) V^T, no W",
-        "r leading triplets of the weight; the weight's output if r = min(K, N) and there is one group, so in general **not**",
+        "r leading triplets of the weight; its output only if these are all (`rank=None`) and there is one group, else **not**",
         "r*(K + N + 1)",
         hooks="at the end of the first stage: learngenes are frozen, tailors drawn anew",
-        differs="No code is published. Numbers of learngenes and tailors and the draw of fresh tailors are not verified.",
+        differs="Not compared with the authors' code. Numbers of learngenes and "
+        "tailors and the draw of fresh tailors are not verified.",
     )
     published_rank: ClassVar[int] = 1152
     has_sigma: ClassVar[bool] = True

@@ -44,7 +44,7 @@ class LoRAXS(Method):
         "x W + s ((x U) R) V^T",
         "U = Q_r S_r, V = P_r frozen, R random (normal, 1e-5); the weight's output to about 1e-5",
         "r*r",
-        differs="Exact SVD in place of a randomized one. U and V are saved with R, so that loading needs no SVD.",
+        differs="A converged SVD in place of a randomized one. U and V are saved with R, so that loading needs no SVD.",
     )
     published_rank: ClassVar[int] = 16
     trains: ClassVar[tuple[str, ...]] = ("core",)

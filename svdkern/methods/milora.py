@@ -30,7 +30,7 @@ class MiLoRA(PiSSA):
         "x W_res + s (x U) V^T",
         "r smallest triplets, sqrt(S/s) on both sides, cut out; the weight's output",
         "r*(K + N)",
-        differs="The authors' initialisation script is not published; this is the paper's equations 3 to 5.",
+        differs="Written from the paper's equations 3 to 5, not compared with the authors' code.",
     )
     published_rank: ClassVar[int] = 32
 

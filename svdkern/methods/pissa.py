@@ -34,7 +34,7 @@ class PiSSA(Method):
         "x W_res + s (x U) V^T",
         "r leading triplets, sqrt(S/s) on both sides, cut out; the weight's output",
         "r*(K + N)",
-        differs="Exact SVD; the residual is computed after the factors are rounded.",
+        differs="A converged SVD, the same every time; the residual is computed after the factors are rounded.",
     )
     published_rank: ClassVar[int] = 128
     trains: ClassVar[tuple[str, ...]] = ("u", "v")

@@ -45,7 +45,8 @@ class SST(Method):
         "all triplets of the weight; the weight's output",
         "min(K, N) + r*(K + N)",
         hooks="after a step: sigma >= 0, unit columns; every interval other columns; every round an SVD of the product",
-        differs="The lengths of interval and round are not verified. The gradients of all columns are computed, then gathered. The "
+        differs="No code was found to compare with. The lengths of interval and round are not verified. "
+        "The gradients of all columns are computed, then gathered. The "
         "warm-up of the learning rate after a draw is the caller's.",
     )
     published_rank: ClassVar[int] = 64

@@ -41,7 +41,7 @@ def rank_holding(weight: Tensor, share: float = 0.99, measure: Literal["values",
 
 @dataclass(frozen=True)
 class SVFit(Method):
-    """SVFit (Sun et al., 2024). No code was published, nor a learning rate that could be verified."""
+    """SVFit (Sun et al., 2024). No learning rate could be verified."""
 
     name: ClassVar[str] = "svfit"
     citation: ClassVar[str] = (
@@ -52,8 +52,8 @@ class SVFit(Method):
         "x W_res + s ((x U) * sigma) V^T",
         "r leading triplets, sigma apart, cut out; the weight's output",
         "r",
-        differs="No code is published. `svdkern.methods.svfit.rank_holding` is the paper's choice of r, by values or by "
-        "squares: the paper does not say which.",
+        differs="No code was found to compare with. `svdkern.methods.svfit.rank_holding` is the paper's choice of r, by values "
+        "or by squares: the paper does not say which.",
     )
     published_rank: ClassVar[int] = 256
     trains: ClassVar[tuple[str, ...]] = ("sigma",)

@@ -34,8 +34,8 @@ def options(tmp_path: Path) -> Any:
     return methods.parse([*arguments, "--device", "cpu", "--budget-seconds", "0.2"])
 
 
-QUICK = ["frozen", "kasa", "randlora", "sst", "fila", "peft_osf"]
-SLOW = [name for name in [*METHODS, *(f"peft_{name}" for name in methods.PEFT)] if name not in QUICK]
+QUICK = ["kasa", "fila", "peft_osf"]
+SLOW = [name for name in ["frozen", *METHODS, *(f"peft_{name}" for name in methods.PEFT)] if name not in QUICK]
 
 
 @pytest.mark.parametrize("provider", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

@@ -20,8 +20,8 @@ METHODS = [
     KaSA(beta=0.1, gamma=0.1),
     OSF(),
     CoDyRA(kappa=5.0, total_steps=4, dense_share=0.0),
-    SST(interval=2),
-    SoMA(total_steps=4),
+    pytest.param(SST(interval=2), marks=pytest.mark.slow),
+    pytest.param(SoMA(total_steps=4), marks=pytest.mark.slow),
 ]
 
 
@@ -38,7 +38,7 @@ class Model(nn.Module):
         return {"loss": nn.functional.mse_loss(self.net(x), labels)}
 
 
-@pytest.mark.parametrize("config", METHODS, ids=lambda config: config.name)
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: getattr(config, "name", None))
 def test_a_trainer_with_the_callback_is_the_hand_written_loop(config: Method, tmp_path: Path) -> None:
     from svdkern.integrations.transformers import MethodCallback
 

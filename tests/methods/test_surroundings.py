@@ -95,7 +95,14 @@ def test_the_gradients_are_those_of_the_float64_equation(method: str) -> None:
         assert (up - down) / (2 * step) == pytest.approx((gradient * direction).sum().item(), rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("method", [name for name in COMPOSED if name != "smora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        name if name in ("salt", "sst") else pytest.param(name, marks=pytest.mark.slow)
+        for name in COMPOSED
+        if name != "smora"
+    ],
+)
 def test_composed_methods_compile_without_a_break(method: str) -> None:
     model = adapted(method)
     train(model, 2)
