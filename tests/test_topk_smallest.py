@@ -111,7 +111,7 @@ def test_residuals_of_the_matrix_are_reached_from_the_inverses(seed: int) -> Non
     """What is a small residual of the inverse, along the matrix's larger values, was none of the matrix: exact took over."""
     a = torch.randn(700, 700, generator=_generator(seed))
     found = topk_svd(a, 24, which="smallest", method="krylov")
-    assert found.info.converged and found.info.fallbacks == ()
+    assert found.info.converged and "exact" not in found.info.fallbacks
     check(a, 24, found, tol=1e-4, smallest=True)
 
 
