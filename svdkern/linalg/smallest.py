@@ -35,6 +35,7 @@ class _Inverse:
         self.columns = self.rows = min(matrix.shape)
         self.dtype, self.device = dtype, matrix.device
         self.passes = 0
+        self.has_rough = False
         self._pivots: Tensor | None = None
         self._reflections: Reflections | None = None
         if matrix.shape[0] == matrix.shape[1]:
@@ -61,7 +62,7 @@ class _Inverse:
             return torch.linalg.lu_solve(self._triangle, self._pivots, y)
         return torch.linalg.solve_triangular(self._triangle, y, upper=True)
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, x: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
         y = self.times(x)
         return y, self.transposed(y)
 
