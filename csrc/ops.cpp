@@ -278,14 +278,14 @@ Tensor cpu_residual(const Tensor& weight, const Tensor& u, const MaybeTensor& si
   return out;
 }
 
-std::tuple<Tensor, Tensor> cpu_normal(const Tensor& a, const Tensor& x, double scale) {
+std::tuple<Tensor, Tensor> cpu_normal(const Tensor& a, const Tensor& x, double scale, bool rough) {
   svdkern::NormalParams p;
   MaybeTensor keep_a, keep_x;
   p.a = streamable(a, "a", keep_a);
   p.x = runs(x, "x", keep_x);
   expect(p.x.rows, p.a.cols, "the number of rows of x", "the width of a");
   expect_type(p.x.dtype, DType::f32, "x", "the accumulators, float32");
-  p.scale = static_cast<float>(scale);
+  p.scale = static_cast<float>(scale), p.rough = rough;
   MutableMatrix y_view, z_view;
   Tensor y = empty_matrix(DType::f32, p.a.rows, p.x.cols, false, y_view);
   Tensor z = empty_matrix(DType::f32, p.a.cols, p.x.cols, false, z_view);
@@ -327,7 +327,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
       "_cpu_linear(Tensor a, Tensor? w, Tensor? z, Tensor f, Tensor? bias, Tensor? rng_state, int threshold) -> "
       "Tensor");
   m.def("_cpu_residual(Tensor weight, Tensor u, Tensor? sigma, Tensor v, float scale) -> Tensor");
-  m.def("_cpu_normal(Tensor a, Tensor x, float scale) -> (Tensor, Tensor)");
+  m.def("_cpu_normal(Tensor a, Tensor x, float scale, bool rough) -> (Tensor, Tensor)");
   m.def("_cpu_energy(Tensor a, float scale) -> float");
   m.def(
       "_cuda_pack(Tensor first, Tensor(a!) first_out, bool first_rows, Tensor? second, Tensor(b!)? second_out, "

@@ -124,6 +124,7 @@ struct LinearParams {
 struct NormalParams {
   Matrix a, x;
   float scale = 1.0f;
+  bool rough = false;  // errors of 2^-16 may be made where that is faster: cpu/normal_amx.h
   float* y = nullptr;  // (M, b), contiguous
   float* z = nullptr;  // (L, b), contiguous
   ParallelFor parallel_for = nullptr;

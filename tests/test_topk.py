@@ -337,6 +337,19 @@ def test_more_equal_values_than_a_block_has_columns(capacity: int, dtype: torch.
     assert equal.info.converged and (equal.S - 1).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decay", [0.3, 1.0, 2.0])
+def test_steps_of_rough_products_end_in_the_same_triplets(decay: float, dtype: torch.dtype) -> None:
+    """Where the CPU has AMX; elsewhere both are made in float32. The steepest spectrum needs the images of its basis."""
+    a = with_spectrum(1150, 1030, _index(1030) ** -decay).to(dtype)
+    found = topk_svd(a, 40)
+    assert found.info.method == "krylov" and not topk_svd(a, 40, tol=9e-6, max_passes=6).info.rough
+    assert found.info.rough == (extension.why_missing is None and torch.ops.svdkern._cpu_isa() == "amx_bf16")
+    check(a, 40, found, tol=1e-4)
+    again = topk_svd(a, 40)
+    assert all(torch.equal(x, y) for x, y in zip(found[:3], again[:3], strict=True))
+
+
 # ---------------------------------------------------------------------------------------------- same bits, no side effects
 
 

@@ -106,6 +106,15 @@ def test_where_the_krylov_method_ends_early_the_exact_one_takes_over() -> None:
     check(a, 5, found, tol=1e-6, smallest=True)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_residuals_of_the_matrix_are_reached_from_the_inverses(seed: int) -> None:
+    """What is a small residual of the inverse, along the matrix's larger values, was none of the matrix: exact took over."""
+    a = torch.randn(700, 700, generator=_generator(seed))
+    found = topk_svd(a, 24, which="smallest", method="krylov")
+    assert found.info.converged and "exact" not in found.info.fallbacks
+    check(a, 24, found, tol=1e-4, smallest=True)
+
+
 def test_same_seed_same_bits() -> None:
     a = torch.randn(260, 240, generator=_generator())
     before = torch.get_rng_state()

@@ -174,12 +174,6 @@ class NormalPass {
   float* z_ = nullptr;
 };
 
-template <class T>
-inline void normal_as(const NormalParams& p) {
-  if (p.a.rows == 0) std::memset(p.z, 0, p.a.cols * p.x.cols * sizeof(float));
-  if (p.a.rows != 0 && p.x.cols != 0) NormalPass(p).run<T>();
-}
-
 // The sum of squares of s a in fp64: rows in ranges, each range's sum in lanes, both added in order.
 template <class T>
 inline void energy_as(const EnergyParams& p) {

@@ -3,6 +3,7 @@
 
 #include "large_m.h"
 #include "normal.h"
+#include "normal_amx.h"
 
 namespace svdkern {
 namespace {
@@ -88,6 +89,17 @@ inline void linear_as(const LinearParams& p) {
   const int64_t units = (job.out + unit - 1) / unit;
   parallel(p.parallel_for, units, job.rows * smaller(unit, job.out) * job.in,
            [&](int64_t begin, int64_t end) { linear_range(job, begin * unit, smaller(job.out, end * unit)); });
+}
+
+template <class T>
+inline void normal_as(const NormalParams& p) {
+  if (p.a.rows == 0) std::memset(p.z, 0, p.a.cols * p.x.cols * sizeof(float));
+  if (p.a.rows == 0 || p.x.cols == 0) return;
+#if defined(__AMX_BF16__)
+  if constexpr (!same_type<T, f16>)
+    if (p.rough && p.a.col_stride == 1) return RoughNormalPass<T>(p).run();
+#endif
+  NormalPass(p).run<T>();
 }
 
 template <class T>

@@ -38,6 +38,11 @@ struct f16 {
   uint16_t bits;
 };
 
+template <class A, class B>
+constexpr bool same_type = false;
+template <class A>
+constexpr bool same_type<A, A> = true;
+
 template <class T>
 constexpr T smaller(T a, T b) {
   return b < a ? b : a;

@@ -48,6 +48,7 @@ class Implicit:
         self.dtype = operator.dtype
         self.device = torch.device(getattr(operator, "device", "cpu"))
         self.passes = 0
+        self.has_rough = False
         self.factor, self.power = 1.0, 0
         random = sketch(self.columns, _COLUMNS, seed=0, dtype=self.dtype, device=self.device)
         norm = float(torch.linalg.vector_norm(self.times(random).to(torch.float64))) / math.sqrt(_COLUMNS)
@@ -61,7 +62,7 @@ class Implicit:
     def transposed(self, y: Tensor) -> Tensor:
         return self._product(self._backward, y, self.columns)
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, x: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
         y = self.times(x)
         return y, self.transposed(y)
 

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from svdkern.linalg.certificate import DELTA, Certificate, bound_of_the_rest, certificate, probe
-from svdkern.linalg.operand import Operator
+from svdkern.linalg.operand import ROUGH, ROUGH_COLUMNS, Operator
 from svdkern.linalg.orthogonal import new_directions, project_out
 from svdkern.linalg.sketch import sketch
 from svdkern.linalg.space import Ritz, Space
 
+_ROUGH_TOL = 1e-5  # below it every step is made in the working precision
 _EQUAL = 1e-4  # relative spread of a run of values that may stand for one value of higher multiplicity than was seen
 
 
@@ -44,6 +45,7 @@ class Leading:
     passes: int
     fallbacks: tuple[str, ...]
     certificate: Certificate | None
+    rough: bool
 
 
 @dataclass
@@ -115,10 +117,11 @@ def leading(
     probing = (lambda right: probe(operator, right, seed)) if certify else None
     q = _first_block(operator, min(block, operator.columns), random, start)
     schedule, steps, restarts = _Schedule(), 0, 0
+    rough = began_rough = operator.has_rough and tol >= _ROUGH_TOL and min(block, operator.columns) >= ROUGH_COLUMNS
     suspected: Tensor | None = None  # the values at which more of a multiple one were looked for
     patience = 0
     while True:
-        image, rest = operator.both(q)
+        image, rest = operator.both(q, rough)
         longest = float(torch.linalg.vector_norm(rest, dim=0).max())
         largest = space.append(q, image, rest)
         steps += 1
@@ -134,7 +137,7 @@ def leading(
             link = torch.mm(following.t(), rest).to("cpu", torch.float64)
             excess = _excess(operator, values, link @ vectors[-last:], k, tol)
             if exhausted or spent or excess <= 1:
-                if _steep(operator, values, k, tol):
+                if _steep(operator, values, k, tol, rough):
                     space.keep_images()
                 found = space.triplets(k, (values, vectors), probing)
                 converged = _accepts(operator, found, tol, exhausted)
@@ -142,13 +145,14 @@ def leading(
                     space.keep_images()
                     found = space.triplets(k, (values, vectors))
                     converged = _accepts(operator, found, tol, exhausted)
+                rough = rough and not space.keeps_images
                 multiple = block < k and not exhausted and _has_run(found.sigma, block, suspected)
                 if exhausted or spent or (converged and not multiple):
                     accepted = converged and not multiple
                     certified = _certify(operator, found, steps, seed) if certify else None
                     return Leading(
                         found.left, found.sigma, found.right, found.residuals, found.next_value, accepted,
-                        steps, restarts, operator.passes, tuple(random.fallbacks), certified,
+                        steps, restarts, operator.passes, tuple(random.fallbacks), certified, began_rough,
                     )  # fmt: skip
                 schedule.due = steps + 1
                 if converged:
@@ -206,12 +210,13 @@ def _excess(operator: Operator, squares: Tensor, links: Tensor, k: int, tol: flo
     return float((estimates / allowed).max())
 
 
-def _steep(operator: Operator, squares: Tensor, k: int, tol: float) -> bool:
+def _steep(operator: Operator, squares: Tensor, k: int, tol: float, rough: bool) -> bool:
     """Whether the projection's rounding error alone would be a good part of the residual that is allowed."""
     largest, last = math.sqrt(max(float(squares[0]), 0.0)), math.sqrt(max(float(squares[k - 1]), 0.0))
     next_value = math.sqrt(max(float(squares[k]), 0.0)) if k < squares.numel() else 0.0
     allowed = max(math.sqrt(tol) * next_value, operator.noise(largest))
-    return 4 * torch.finfo(operator.dtype).eps * largest**2 > allowed * last
+    unit = ROUGH if rough else torch.finfo(operator.dtype).eps
+    return 4 * unit * largest**2 > allowed * last
 
 
 def _accepts(operator: Operator, found: Ritz, tol: float, exhausted: bool) -> bool:

@@ -35,6 +35,7 @@ class _Inverse:
         self.columns = self.rows = min(matrix.shape)
         self.dtype, self.device = dtype, matrix.device
         self.passes = 0
+        self.has_rough = False
         self._pivots: Tensor | None = None
         self._reflections: Reflections | None = None
         if matrix.shape[0] == matrix.shape[1]:
@@ -61,7 +62,7 @@ class _Inverse:
             return torch.linalg.lu_solve(self._triangle, self._pivots, y)
         return torch.linalg.solve_triangular(self._triangle, y, upper=True)
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, x: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
         y = self.times(x)
         return y, self.transposed(y)
 
@@ -105,12 +106,24 @@ def smallest(
         if not (found.converged and bool(found.right.isfinite().all() and found.left.isfinite().all())):
             continue
         next_value = 1 / found.next_value if found.next_value > 0 else math.inf
-        left = orthonormal64(inverse.of_the_matrix(found.left.to(dtype)))
-        triplets, residuals = between(matrix, left, orthonormal64(found.right), factor, next_value)
         allowed = max(math.sqrt(tol) * next_value, 16 * torch.finfo(torch.float64).eps * norm * math.sqrt(k))
-        if bool((residuals <= allowed).all()):
-            return triplets, replace(found, residuals=residuals, fallbacks=tuple(dict.fromkeys(fallbacks)))
+        left, right = orthonormal64(found.left), orthonormal64(found.right)
+        for _ in range(3):
+            outer = orthonormal64(inverse.of_the_matrix(left.to(dtype)))
+            triplets, residuals = between(matrix, outer, right, factor, next_value)
+            if bool((residuals <= allowed).all()):
+                fallbacks = tuple(dict.fromkeys(fallbacks))
+                return triplets, replace(found, residuals=residuals, passes=inverse.passes, fallbacks=fallbacks)
+            # What is small for the inverse may be large for the matrix, along its larger values: one more step takes it out.
+            right = _orthonormal(inverse.transposed(left.to(dtype)))
+            left = _orthonormal(inverse.times(right.to(dtype)))
     triplets = smallest_triplets(matrix, k, factor)
     residuals = residual_norms(matrix, triplets, factor)
     fallbacks = (*dict.fromkeys(fallbacks), "exact")
     return triplets, replace(found, residuals=residuals, converged=True, fallbacks=fallbacks)
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """By reflections in float64; the columns' lengths are the inverse's values, which may be far apart."""
+    x = x.to(torch.float64)
+    return torch.linalg.qr(x / torch.linalg.vector_norm(x, dim=0).clamp(min=torch.finfo(torch.float64).tiny))[0]

@@ -85,8 +85,13 @@ class Space:
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Squared Ritz values, descending, and the vectors' coordinates in the basis: on the CPU, in float64."""
-        with few_threads(self.width, self._projected.device):
-            values, vectors = torch.linalg.eigh(self._projected)
+        projected = self._projected
+        if (
+            self._images is not None and self._images.dtype == torch.float32
+        ):  # no digits that its Gram matrix would lose
+            projected = gram(self._images[:, : self.width]).to("cpu")
+        with few_threads(self.width, projected.device):
+            values, vectors = torch.linalg.eigh(projected)
         return values.flip(0), vectors.flip(1)
 
     def restart(self, keep: int) -> None:

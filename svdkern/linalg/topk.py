@@ -53,6 +53,8 @@ class SVDInfo:
     converged: bool
     """Whether every residual is at most ``sqrt(tol) * next_value``, or rounding error."""
     fallbacks: tuple[str, ...]
+    rough: bool
+    """Whether the space was built with products of bfloat16 parts, good to 2^-16 (AMX). Triplets and residuals never are."""
     certificate: Certificate | None
     """With ``certify=True``: bounds, and the probability that they are wrong."""
 
@@ -92,8 +94,10 @@ def topk_svd(
 
     Algorithm: a block Krylov method (``krylov.py``), on the inverse for the smallest (``smallest.py``); for a short side up to
     1024 or ``k`` above an eighth of it the exact method (``exact.py``). Products are made in float32 (float64 for a float64 A),
-    never in TF32 and never under autocast; half precision is read panel by panel, without a copy of A. The smallest triplets
-    need a factorisation of A's size in float32, or in float64 where that does not do.
+    never in TF32 and never under autocast; half precision is read panel by panel, without a copy of A. On AMX, steps of blocks
+    from 32 columns on are made of bfloat16 parts, good to 2^-16, where ``tol`` allows it (``info.rough``); the triplets and
+    their residuals are not. The smallest triplets need a factorisation of A's size in float32, or in float64 where that does
+    not do.
 
     Args:
         A: (m, n); float32, bfloat16, float16 or float64, any strides, any device. Or an operator (``LinearOperator``), of which the
@@ -184,7 +188,7 @@ def _krylov(
             block=block, capacity=capacity, tol=tol, max_passes=max_passes, seed=seed, start=start,
         )  # fmt: skip
     return found, _info(
-        operand, found, got.residuals, "krylov", which, tol, seed, got.converged, got.fallbacks, got.certificate,
+        operand, found, got.residuals, "krylov", which, tol, seed, got.converged, got.fallbacks, got.certificate, got.rough,
         block=block, steps=got.steps, restarts=got.restarts, passes=got.passes,
     )  # fmt: skip
 
@@ -200,6 +204,7 @@ def _info(
     converged: bool,
     fallbacks: tuple[str, ...],
     certified: Certificate | None,
+    rough: bool = False,
     *,
     block: int = 0,
     steps: int = 0,
@@ -211,7 +216,7 @@ def _info(
     return SVDInfo(
         method=method, which=which, tol=tol, seed=seed, block=block, steps=steps, restarts=restarts, passes=passes,
         residuals=residuals.to("cpu") * scale, next_value=found.next_value * scale, tail=tail * scale,
-        converged=converged, fallbacks=fallbacks,
+        converged=converged, fallbacks=fallbacks, rough=rough,
         certificate=None if certified is None else certified.scaled(scale),
     )  # fmt: skip
 

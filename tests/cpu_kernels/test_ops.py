@@ -309,7 +309,7 @@ def test_normal_product_and_energy(dtype: torch.dtype, layout: str) -> None:
     for m, length, b in itertools.product((0, 1, 29, 300), (1, 17, 33, 200), (0, 1, 16, 37, 64)):
         a = _laid_out(torch.randn(m, length, generator=generator).to(dtype), layout if m else "plain")
         x = torch.randn(length, b, generator=generator)
-        y, z = OPS._cpu_normal(a, x, 0.25)
+        y, z = OPS._cpu_normal(a, x, 0.25, False)
         wide = 0.25 * a.double()
         image = wide @ x.double()
         assert y.dtype == z.dtype == torch.float32
@@ -317,18 +317,23 @@ def test_normal_product_and_energy(dtype: torch.dtype, layout: str) -> None:
         chain = 16 if layout == "one row" else 2  # y is rounded, too; equal terms are all rounded the same way
         terms = chain * wide.abs().t() @ (wide.abs() @ x.double().abs())  # y is rounded, too
         _close(z, wide.t() @ image, terms, f"z of {m} {length} {b}")
+        rough_y, rough_z = OPS._cpu_normal(a, x, 0.25, True)
+        largest = wide.abs() @ x.double().abs()
+        assert bool(((rough_y - image).abs() <= 2.0**-15 * largest + 1e-30).all())
+        assert bool(((rough_z - wide.t() @ image).abs() <= 2.0**-14 * (wide.abs().t() @ largest) + 1e-30).all())
     exact = float(wide.square().sum())
     assert OPS._cpu_energy(a, 0.25) == pytest.approx(exact, rel=1e-13)
 
 
-def test_normal_product_has_the_same_bits_with_any_number_of_threads() -> None:
+@pytest.mark.parametrize("rough", [False, True])
+def test_normal_product_has_the_same_bits_with_any_number_of_threads(rough: bool) -> None:
     a, x = torch.randn(3000, 1500), torch.randn(1500, 20)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append((*OPS._cpu_normal(a, x, 1.0), torch.tensor(OPS._cpu_energy(a, 1.0))))
+            found.append((*OPS._cpu_normal(a, x, 1.0, rough), torch.tensor(OPS._cpu_energy(a, 1.0))))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(s, t) for other in found[1:] for s, t in zip(found[0], other, strict=True))
@@ -336,9 +341,9 @@ def test_normal_product_has_the_same_bits_with_any_number_of_threads() -> None:
 
 def test_normal_product_refuses_what_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match="the number of rows of x is 3, expected 4"):
-        OPS._cpu_normal(torch.zeros(5, 4), torch.zeros(3, 2), 1.0)
+        OPS._cpu_normal(torch.zeros(5, 4), torch.zeros(3, 2), 1.0, False)
     with pytest.raises(RuntimeError, match="x must have the dtype of the accumulators, float32"):
-        OPS._cpu_normal(torch.zeros(5, 4), torch.zeros(4, 2).bfloat16(), 1.0)
+        OPS._cpu_normal(torch.zeros(5, 4), torch.zeros(4, 2).bfloat16(), 1.0, False)
     with pytest.raises(RuntimeError, match="a has a dtype without kernels"):
-        OPS._cpu_normal(torch.zeros(5, 4).double(), torch.zeros(4, 2), 1.0)
+        OPS._cpu_normal(torch.zeros(5, 4).double(), torch.zeros(4, 2), 1.0, False)
     assert OPS._cpu_energy(torch.tensor([[1.0, float("nan")]]), 1.0) != 0
