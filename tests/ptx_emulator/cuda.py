@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -40,8 +41,9 @@ _ANONYMOUS = re.compile(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}")
 
 @functools.cache
 def nvcc() -> str | None:
-    """The compiler, None where there is none."""
-    return shutil.which("nvcc")
+    """The compiler, of CUDA_HOME or on PATH; None where there is none."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
 @functools.cache
