@@ -132,12 +132,12 @@ def test_the_weight_may_be_trained_and_of_another_dtype() -> None:
 @with_kernels
 def test_an_expanded_x_and_one_whose_rows_are_not_contiguous() -> None:
     """pytorch/pytorch#30303: a stride of 0, and strides that have to be copied, give the bits of the contiguous run."""
-    low = cast(operands(20, 40, 24, 3), torch.bfloat16, (torch.float32,) * 3)
-    dy = torch.randn(20, 24).bfloat16()
-    for x in (low["x"][:1].expand(20, 40), low["x"].t().contiguous().t(), torch.cat([low["x"]] * 2, 1)[:, ::2]):
+    low = cast(operands(9, 40, 24, 3), torch.bfloat16, (torch.float32,) * 3)
+    dy = torch.randn(9, 24).bfloat16()
+    for x in (low["x"][:1].expand(9, 40), low["x"].t().contiguous().t(), torch.cat([low["x"]] * 2, 1)[:, ::2]):
         with cuda_emulation():
             got, want = (
-                run(lambda leaves: fused(leaves, backend="cuda"), low | {"x": t}, dy, ("u", "v", "sigma"))
+                run(lambda leaves: fused(leaves, backend="cuda"), low | {"x": t}, dy, ("u",))
                 for t in (x, x.contiguous())
             )
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

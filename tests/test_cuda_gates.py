@@ -167,3 +167,16 @@ def test_memory_is_moved_in_whole_sectors_and_with_few_bank_conflicts(dtype: str
         assert launch.shared <= SMALLEST_SHARED
     assert len(seen) == 4
     hold(seen)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize(("rows", "tile"), [(16, 32), (70, 64)])
+def test_linear_reads_w_once_for_a_tile_of_rows(rows: int, tile: int) -> None:
+    """32-byte sectors that its copies move: those of w for every row tile, those of a for every column tile, and no more."""
+    statistics: dict[str, ptx_emulator.Statistics] = {}
+    a, w, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((rows, 512), (128, 512), (rows, 128)))
+    CudaEmulation(statistics=statistics).call("linear", a, w.t(), None, None, 0, None, None, 0, y)
+    copies = [access for access in statistics["linear_kernel"].accesses.values() if access.text.startswith("cp.async")]
+    row_tiles, column_tiles = -(-rows // tile), 128 // tile
+    assert sum(access.sectors for access in copies) == (row_tiles * w.nbytes + column_tiles * a.nbytes) // 32
+    assert torch.equal(y, torch.full_like(y, 512.0))

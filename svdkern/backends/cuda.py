@@ -35,6 +35,8 @@ def why_missing() -> str | None:
     """None if the extension has CUDA kernels, else the reason in one line."""
     if extension.why_missing is not None:
         return f"the compiled extension is not there: {extension.why_missing}"
+    if not hasattr(torch.ops.svdkern, "_cuda_build"):
+        return "the extension was built from another version of svdkern: build it again"
     if not torch.ops.svdkern._cuda_build():
         return "the extension was built without CUDA kernels (no nvcc, or SVDKERN_CUDA=0)"
     return None

@@ -3,7 +3,7 @@
 `build` compiles .cu files by nvcc, for the host as they ship and for the GPU to PTX, and links them with a runtime
 (cuda_runtime.cpp) that hands launches to Python. `Library.launches(...)` then is the one place that runs them:
 
-    library = build("kernels", sources, host_sources={"ops.cpp": flags})
+    library = build("kernels", sources)
     with library.launches(handle): call anything that launches          handle(Launch) -> None
 
 A Launch has the kernel's PTX, grid, threads, shared memory and parameters as the launcher gave them, and `run(memory=...)`.
@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -40,8 +41,9 @@ _ANONYMOUS = re.compile(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}")
 
 @functools.cache
 def nvcc() -> str | None:
-    """The compiler, None where there is none."""
-    return shutil.which("nvcc")
+    """The compiler, of CUDA_HOME or on PATH; None where there is none."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def include() -> str:
 
 
 def _digest(*parts: str | Path) -> str:
-    """Of words, of files, and of all that lies beside or below the files' folders as a header."""
+    """A name for these words and these files' contents."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.read_bytes() if isinstance(part, Path) else part.encode())
@@ -166,6 +168,9 @@ class Library:
             if self.problem is not None:
                 raise self.problem from raised
             raise
+        else:
+            if self.problem is not None:
+                raise self.problem
         finally:
             self.handle = before
 
