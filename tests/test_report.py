@@ -76,6 +76,14 @@ INIT = [
     for provider, seconds, error in (("linalg.svd", 8.0, 0.0), ("svd_lowrank", 0.09, 1e-1), ("svdkern", 0.15, 1e-6))
 ]  # fmt: skip
 WHOLE = row("init", provider="svdkern", dtype="bf16", matrix="Tiny", N=0, K=0, r=16, median_s=5.0)
+TOPK = [
+    row("topk", provider=provider, dtype="fp32", matrix="head", which=which, N=4096, K=4096, r=128, median_s=seconds,
+        err_sigma=error)
+    for which in ("largest", "smallest")
+    for provider, seconds, error in (
+        ("svdkern, tol=fast", 0.4, 1e-2), ("svdkern, tol=accurate", 0.7, 1e-7), ("svd_lowrank, niter=16", 1.9, 2e-2)
+    )
+]  # fmt: skip
 MODEL = {"model": "Tiny", "tokens": 1024, "sequence": 256, "r": 16}
 MODEL_STEP = [
     row(
@@ -106,7 +114,7 @@ ACCURACY = [
     for provider, error in (("eager", 3e-3), ("svdkern", 1.5e-3))
 ]  # fmt: skip
 EVERYTHING = [
-    *CEILINGS, *MEMORY, *INIT, *MODEL_STEP, *DECODE, *ACCURACY,
+    *CEILINGS, *MEMORY, *INIT, *TOPK, *MODEL_STEP, *DECODE, *ACCURACY,
     *(found for name in SETS for found in in_dtypes(name)),
 ]  # fmt: skip
 
@@ -190,6 +198,7 @@ def test_model_step_compares_the_model_in_bf16_with_fp32(tmp_path: Path) -> None
         ("accuracy", ACCURACY, "| M=8, 16→32, r=4, normal | bf16 | 6.0e-03 | 3.0e-03 | **1.5e-03** |"),
         ("accuracy", ACCURACY, "| M=8, 16→32, r=4, normal | bf16 | 6.0e-03 | **3.0e-03** |"),
         ("init", [*INIT, WHOLE], "| Tiny, every linear layer, r=16 | bf16 | svdkern | 5 s | – | – | – |"),
+        ("topk", TOPK, "| largest, head, 4096×4096, r=128 | svd_lowrank, niter=16 | 1.9 s | 2.0e-02 |"),
         ("init", INIT, "| flat, 4096×4096, r=128 | fp32 | svdkern | 150 ms | 1.0e-06 | 1.0e-06 | yes |"),
     ],
 )
@@ -340,6 +349,7 @@ def test_everything_is_drawn_the_same_again(tmp_path: Path) -> None:
         ("roofline", [*CEILINGS, *group(SQUARE)]),
         ("memory", MEMORY),
         ("init", [*INIT, WHOLE]),
+        ("topk", TOPK),
         ("model_step", MODEL_STEP),
     ],
 )
