@@ -10,14 +10,14 @@ from accuracy import assert_accurate
 from cover import case_name, cover
 from emulated_cuda import CudaEmulation, why_not
 from operands import RNG
-from test_cuda_kernels import BF16, F16, F32, MODES, emulated, padded, unset
+from test_cuda_kernels import BF16, F16, F32, emulated, padded, unset
 from torch import Tensor
 
 from svdkern.backends.philox import keep_mask, keep_scale, threshold_of
 
 pytestmark = [pytest.mark.emulator, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-ADVERSARIAL = [mode for mode in MODES if mode.startswith("adversarial")]
+ADVERSARIAL = ["adversarial 0", "adversarial 2", "adversarial 4"]
 
 
 def strided(m: int, k: int, dtype: torch.dtype, layout: str) -> Tensor:
