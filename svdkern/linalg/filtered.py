@@ -56,7 +56,7 @@ def width_of(k: int) -> int:
 
 
 def suits(tall: Tensor, k: int) -> bool:
-    """Whether this is the fastest way to k triplets of such a matrix, by measurement."""
+    """Whether this is faster than ``topk_svd`` for k triplets of such a matrix, by measurement."""
     side = _MOST_SIDE_BFLOAT16 if _by_bfloat16_units(tall) else _MOST_SIDE
     return tall.dtype != torch.float64 and _MOST_SHARE * width_of(k) <= tall.shape[1] <= side
 
