@@ -10,6 +10,10 @@
 
 #include "svdkern.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11's name for it
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace {
 
 using svdkern::DType;

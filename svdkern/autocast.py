@@ -9,14 +9,19 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+# looked up once: torch.compile of 2.11 does not trace the question
+_KINDS = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla") if torch.amp.is_autocast_available(kind)
+)
+
 
 def autocast_is_on(device: torch.device) -> bool:
     """Whether autocast is enabled on this kind of device; False for one that has none (meta)."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _KINDS and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which products on this kind of device run in their operands' own dtype."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type not in _KINDS:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

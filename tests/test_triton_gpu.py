@@ -237,7 +237,7 @@ def test_the_gram_matrix(layout: str, rows: int, r: int, dtype: torch.dtype) -> 
     assert torch.equal(first, first.t())
     exact, size = factor.double().t() @ factor.double(), factor.double().abs().t() @ factor.double().abs()
     assert first.dtype == torch.float32
-    assert ((first.double() - exact).abs() <= 2**-19 * size + 1e-30).all()
+    assert ((first.double() - exact).abs() <= 2**-17 * size + 1e-30).all()
 
 
 def test_the_penalty_takes_the_kernel_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

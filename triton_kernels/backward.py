@@ -49,6 +49,9 @@ from .tiles import (
 )
 
 
+OUTER_STAGES = tl.constexpr(4)  # steps of a dU- or dV-tile that are on their way: little but bandwidth counts there
+
+
 @triton.jit
 def outer_tile(
     a, stride_a, columns, L, q, R: tl.constexpr, rank, RT: tl.constexpr, first_row, last_row,
@@ -71,7 +74,7 @@ def outer_tile(
             acc = load_rows(so_far, at_columns, L, rank, r)
         if SUM:
             total = tl.load(totals + at_columns, mask=at_columns < L, other=0.0)
-    STAGES: tl.constexpr = 1 if (DROPOUT or SUM) and ONE_STAGE else None  # launching.wgmma says why
+    STAGES: tl.constexpr = 1 if (DROPOUT or SUM) and ONE_STAGE else OUTER_STAGES  # launching.wgmma says why
     for row in tl.range(first_row, last_row, BD, num_stages=STAGES):
         rows = row + depth
         inside = rows < last_row

@@ -47,7 +47,7 @@ def training(arch: int, dtype: torch.dtype, R: int, core: bool, rows: int, out: 
     if arch < 90:
         return Config(128, 128, 64, min(R, 64), 8, 128, 64, 8, 3)
     if arch == 90 and (R <= 32 or not core):
-        return Config(128, 256, 64, min(R, 32), 8, 64, 32, 8, 3)
+        return Config(128, 256, 64, min(R, 32), 8, 128, 64, 8, 3)
     return Config(128, 128, 64, min(R, 64), 8, 64, 64 if arch == 90 else 32, 8, 3)
 
 
@@ -87,7 +87,7 @@ def candidates(family: str, arch: int, dtype: torch.dtype, R: int) -> list[Confi
         sizes += [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3)]
         BD = 32 if arch >= 100 else 64
         found = [
-            Config(BM, BN, BK, min(RT, 32) if BN == 256 else RT, 8, 64, 32 if BN == 256 else BD, warps, stages)
+            Config(BM, BN, BK, min(RT, 32) if BN == 256 else RT, 8, 128 if BN == 256 else 64, BD, warps, stages)
             for BM, BN, BK, warps, stages in sizes
             if BN < 256 or arch >= 90  # sums of 128 x 256 in the registers of 8 warps: with wgmma alone
         ]

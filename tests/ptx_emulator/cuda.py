@@ -125,6 +125,10 @@ class Launch:
         return run_ptx(kernel, self.grid, self.threads, self.parameters, shared=self.shared, memory=memory, **options)
 
 
+UNASKED = 48 << 10
+"""Bytes of shared memory, declared and dynamic, that a kernel may have unasked."""
+
+
 class Library:
     """A loaded library whose launches come here."""
 
@@ -148,10 +152,13 @@ class Library:
                 raise ValueError(
                     f"a block of {geometry[3]}x{geometry[4]}x{geometry[5]} threads: the emulator has x alone"
                 )
-            parameters = [
-                ctypes.string_at(arguments[i], parameter.size)
-                for i, parameter in enumerate(_kernel(ptx, mangled).parameters)
-            ]
+            kernel = _kernel(ptx, mangled)
+            declared = sum(v.size for v in kernel.variables.values() if v.space == "shared")
+            if declared + geometry[6] > UNASKED and not geometry[7]:
+                raise ValueError(
+                    f"{declared} + {geometry[6]} bytes of shared memory, unasked at most {UNASKED}: cudaFuncSetAttribute"
+                )
+            parameters = [ctypes.string_at(arguments[i], p.size) for i, p in enumerate(kernel.parameters)]
             self.handle(Launch(mangled, ptx, tuple(geometry[:3]), geometry[3], geometry[6], parameters))
         except BaseException as problem:  # it cannot pass through C
             self.problem = problem
