@@ -48,7 +48,6 @@ from .tiles import (
     take_ticket,
 )
 
-
 OUTER_STAGES = tl.constexpr(4)  # steps of a dU- or dV-tile that are on their way: little but bandwidth counts there
 
 

@@ -170,6 +170,7 @@ class _Weighted:
         self._operand, self._before, self._after = operand, before, after
         self.rows, self.columns = operand.rows, operand.columns
         self.dtype, self.device = operand.dtype, operand.device
+        self.has_rough = False
         self.passes = 0
 
     def times(self, x: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ class _Weighted:
         self.passes += 1
         return self._before(self._operand.transposed(self._after(y)))
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, x: Tensor, rough: bool = False) -> tuple[Tensor, Tensor]:
         y = self.times(x)
         return y, self.transposed(y)
 

@@ -33,8 +33,8 @@ cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arg
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (callback == nullptr || names().count(stub) == 0) return cudaErrorInvalidDeviceFunction;
-  const unsigned geometry[] = {grid.x,  grid.y,  grid.z, block.x, block.y, block.z, static_cast<unsigned>(shared),
-                               granted_to != granted().end()};
+  const unsigned geometry[] = {
+      grid.x, grid.y, grid.z, block.x, block.y, block.z, static_cast<unsigned>(shared), granted_to != granted().end()};
   return callback(names()[stub].c_str(), geometry, arguments) ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
