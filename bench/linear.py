@@ -72,6 +72,8 @@ def captured(layers: Sequence[Provider], mode: str) -> Callable[[int], object]:
     """The same call as replays of CUDA graphs, one a layer of the rotation; what they compute shares one pool of memory."""
     call, pool, graphs = make_call(layers, mode), torch.cuda.graph_pool_handle(), []
     side = torch.cuda.Stream()
+    # cuBLAS keeps its workspace by stream: one that lies in the pool of graphs that are gone must not be captured again
+    torch._C._cuda_clearCublasWorkspaces()
     for i in range(len(layers)):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -100,15 +100,29 @@ def used(groups: Sequence[Group]) -> list[Row]:
 def linear_table(machine: Machine, name: str, mode: str = "fwd_bwd") -> str:
     """Time of the frozen layer, and every provider's ratio to it, over the set `name`."""
     groups = layers(machine, mode, SETS[name].cases)
-    if not groups:
+    return origin(used(groups)) + ratios(groups) if groups else ""
+
+
+def gpu_table(machine: Machine) -> str:
+    """Every layer that was measured on a GPU, as called and as replays of CUDA graphs."""
+    if machine.rows["linear"][0]["device"] != "cuda":
         return ""
+    modes = {"fwd_bwd": "Forward and backward, as called", "fwd": "Forward, as called"}
+    modes |= {f"{mode}_graph": what.replace("as called", "replayed CUDA graphs") for mode, what in modes.items()}
+    found = {what: groups for mode, what in modes.items() if (groups := layers(machine, mode))}
+    return origin([row for groups in found.values() for row in used(groups)]) + "\n".join(
+        f"{what}:\n\n{ratios(groups)}" for what, groups in found.items()
+    )
+
+
+def ratios(groups: Sequence[Group]) -> str:
     lines = []
     for group in groups:
         frozen = seconds(group.yardstick["median_s"]) if group.yardstick else NONE
         if group.yardstick and group.yardstick["provider"] == "frozen_fp32":
             frozen += " (fp32)"
         lines.append(([shape(group.case), group.dtype, frozen], group.rows))
-    return origin(used(groups)) + side_by_side(["shape", "dtype", "frozen"], lines, ratio)
+    return side_by_side(["shape", "dtype", "frozen"], lines, ratio)
 
 
 def model_step_table(machine: Machine) -> str:
@@ -313,6 +327,7 @@ def each(bench: str, render: Callable[[Machine], str]) -> Callable[[Sequence[Mac
 
 TABLES: Mapping[str, Callable[[Sequence[Machine]], str]] = {
     "linear": each("linear", partial(linear_table, name="readme")),
+    "linear-gpu": each("linear", gpu_table),
     "linear-fwd": each("linear", partial(linear_table, name="readme", mode="fwd")),
     **{name: each("linear", partial(linear_table, name=name)) for name in SETS if name != "readme"},
     "decode": each("decode", decode_table),

@@ -1,6 +1,6 @@
 """The Gram matrix F^T F of a factor by the Triton kernel (``triton_kernels/gram.py``), and when a call takes it.
 
-Only where the triton backend is asked for by name (``SVDKERN_BACKEND=triton``), as for the linear: no GPU has measured it.
+Only where the triton backend is asked for by name (``SVDKERN_BACKEND=triton``), as for the linear: nobody has measured it.
 
 Layer: above ``dispatch``.
 """
