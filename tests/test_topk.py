@@ -5,127 +5,20 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import MATRICES, check, indices, seeded, with_spectrum
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdkern.backends import extension
-from svdkern.linalg import TopkSVD, factors, topk_svd
+from svdkern.linalg import factors, topk_svd
 from svdkern.linalg.krylov import leading
 from svdkern.linalg.operand import Operand
-
-
-def _generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def with_spectrum(m: int, n: int, sigma: Tensor, seed: int = 0) -> Tensor:
-    """(m, n) float64 with these singular values (min(m, n) of them)."""
-    generator = _generator(seed)
-    p, _ = torch.linalg.qr(torch.randn(m, sigma.numel(), generator=generator, dtype=torch.float64))
-    q, _ = torch.linalg.qr(torch.randn(n, sigma.numel(), generator=generator, dtype=torch.float64))
-    return (p * sigma) @ q.t()
-
-
-def _index(n: int) -> Tensor:
-    return torch.arange(1, n + 1, dtype=torch.float64)
-
-
-def _spiked() -> Tensor:
-    a = torch.randn(260, 220, generator=_generator(4), dtype=torch.float64) / 220**0.5
-    return a + with_spectrum(260, 220, torch.tensor([9.0, 6.0, 4.0], dtype=torch.float64), seed=5)
-
-
-def _outlier_row() -> Tensor:
-    a = torch.randn(250, 210, generator=_generator(6), dtype=torch.float64)
-    a[17] *= 100
-    return a
-
-
-def _clustered() -> Tensor:
-    values = torch.cat([torch.full((size,), value) for size, value in ((5, 3.0), (9, 2.0), (196, 0.5))]).double()
-    return with_spectrum(210, 230, values * (1 + 1e-9 * _index(210)))
-
-
-MATRICES: dict[str, tuple[Callable[[], Tensor], int]] = {
-    "power": (lambda: with_spectrum(230, 210, _index(210) ** -0.5), 12),
-    "exponential": (lambda: with_spectrum(210, 230, 0.8 ** _index(210)), 10),
-    "steep": (lambda: with_spectrum(210, 230, 0.3 ** _index(210)), 10),
-    "step": (lambda: with_spectrum(220, 220, torch.where(_index(220) <= 20, 1.0, 1e-3).double()), 20),
-    "more equal ones than k": (lambda: with_spectrum(220, 220, torch.where(_index(220) <= 90, 1.0, 0.1).double()), 5),
-    "orthogonal": (lambda: with_spectrum(200, 200, torch.ones(200, dtype=torch.float64)), 9),
-    "clustered": (_clustered, 14),
-    "spiked": (_spiked, 6),
-    "flat": (lambda: torch.randn(300, 200, generator=_generator(1), dtype=torch.float64), 8),
-    "exact low rank": (lambda: with_spectrum(240, 200, _index(10).flip(0)), 10),
-    "rank below k": (lambda: with_spectrum(200, 240, _index(4)), 9),
-    "rank far below k": (lambda: with_spectrum(200, 240, _index(4)), 40),
-    "zero": (lambda: torch.zeros(200, 210, dtype=torch.float64), 5),
-    "one entry": (lambda: -2.0 * torch.outer(torch.eye(200)[3], torch.eye(210)[7]).double(), 5),
-    "one outlier row": (_outlier_row, 4),
-    "wide": (lambda: torch.randn(40, 3000, generator=_generator(2), dtype=torch.float64), 6),
-    "tall": (lambda: torch.randn(3000, 40, generator=_generator(3), dtype=torch.float64), 6),
-    "equal rows": (lambda: torch.randn(1, 220, generator=_generator(7), dtype=torch.float64).repeat(200, 1), 5),
-    "huge range": (lambda: torch.diag(torch.logspace(0, -38, 200, dtype=torch.float64)), 12),
-}  # fmt: skip
-
-
-def check(a: Tensor, k: int, found: TopkSVD, *, tol: float, smallest: bool = False) -> None:
-    """Everything that is promised of one result, against LAPACK in float64."""
-    size = float(a.double().abs().max()) or 1.0
-    wide = a.double() / size
-    p, s, qh = torch.linalg.svd(wide, full_matrices=False)
-    wanted = slice(s.numel() - k, None) if smallest else slice(0, k)
-    exact = s[wanted]
-    u, v = found.U.double(), found.V.double()
-    sigma = found.S.double() / size
-    info = found.info
-    eps = torch.finfo(found.S.dtype).eps
-    rounding = (64 if eps < 1e-15 else 32) * eps * float(wide.norm()) + 1e-300
-    assert found.U.shape == (a.shape[0], k) and found.V.shape == (a.shape[1], k) and found.S.shape == (k,)
-    assert found.U.dtype == found.S.dtype == found.V.dtype
-    assert all(bool(t.isfinite().all()) for t in found[:3])
-    assert bool((found.S >= 0).all()) and bool((found.S.diff() <= 0).all())
-    for factor in (u, v):
-        assert (factor.t() @ factor - torch.eye(k)).abs().max() < (200 if eps < 1e-15 else 20) * eps
-    assert bool((u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all())
-
-    assert info.converged
-    left = torch.linalg.vector_norm(wide @ v - u * sigma, dim=0)
-    right = torch.linalg.vector_norm(wide.t() @ u - v * sigma, dim=0)
-    claimed = info.residuals / size
-    assert bool((torch.maximum(left, right) <= claimed + rounding).all()), (left, right, claimed)
-    neighbour = (float(s[-k - 1]) if k < s.numel() else math.inf) if smallest else (float(s[k]) if k < s.numel() else 0)
-    limit = math.sqrt(tol) * neighbour
-    assert bool((claimed <= 1.01 * limit + rounding).all())
-
-    # Values: to first order in the residual for any of them, to second order against what is left out.
-    error = (sigma.square() - exact.square()).abs()
-    floor = 2 * rounding * exact + rounding * rounding
-    allowed = 4 * tol * neighbour**2 if neighbour < math.inf else 0.0
-    assert bool((error <= allowed + floor).all()), (error / max(neighbour, rounding) ** 2, sigma, exact)
-    best = float(s.square().sum() - exact.square().sum())
-    got = float((wide - (u * sigma) @ v.t()).square().sum())
-    assert abs(got - best) <= k * (allowed + 4 * rounding)
-    assert info.tail / size == pytest.approx(math.sqrt(got), rel=1e-3, abs=20 * math.sqrt(eps) * float(wide.norm()))
-
-    # The space is determined where a gap separates it; Wedin: sin(angle) <= residual / gap.
-    inner = float(exact[0 if smallest else -1])
-    gap = abs(neighbour - inner)
-    if rounding * 10 < gap < math.inf:
-        bound = 2 * math.sqrt(k) * (float(claimed.max()) + rounding) / gap
-        sides = [(u, p[:, wanted]), (v, qh[wanted].t())]
-        if float(exact[-1]) <= 100 * rounding and a.shape[0] != a.shape[1]:
-            del sides[0 if a.shape[0] > a.shape[1] else 1]  # any vectors of the larger kernel will do
-        for factor, reference in sides:
-            sine = torch.linalg.matrix_norm(reference - factor @ (factor.t() @ reference), 2)
-            assert sine <= bound, (sine, bound)
 
 
 @pytest.mark.parametrize("method", ["krylov", "exact"])
@@ -177,7 +70,7 @@ def test_a_power_of_two_changes_no_bit() -> None:
 @pytest.mark.parametrize("k", [1, 33, 100, 199, 200])
 @pytest.mark.parametrize("method", ["auto", "krylov", "exact"])
 def test_one_triplet_to_all(k: int, method: str) -> None:
-    a = with_spectrum(210, 200, _index(200) ** -0.5).float()
+    a = with_spectrum(210, 200, indices(200) ** -0.5).float()
     found = topk_svd(a, k, method=method)
     check(a, k, found, tol=found.info.tol)
     assert (found.info.next_value == 0) == (k == 200)
@@ -198,7 +91,7 @@ def test_any_shape(rows, columns, data, rank, decay, dtype, method, which) -> No
     """Every shape, rank and k, both ends: what ``check`` holds a result to."""
     short = min(rows, columns)
     k = data.draw(st.integers(1, short), label="k")
-    sigma = _index(short) ** -decay * (_index(short) <= rank)
+    sigma = indices(short) ** -decay * (indices(short) <= rank)
     a = with_spectrum(rows, columns, sigma, seed=rank).to(dtype)
     found = topk_svd(a, k, method=method, which=which)
     check(a, k, found, tol=found.info.tol, smallest=which == "smallest")
@@ -206,7 +99,7 @@ def test_any_shape(rows, columns, data, rank, decay, dtype, method, which) -> No
 
 def test_one_row_and_one_column() -> None:
     for shape in ((1, 30), (30, 1), (1, 1)):
-        a = torch.randn(*shape, generator=_generator())
+        a = torch.randn(*shape, generator=seeded())
         for method in ("krylov", "exact"):
             found = topk_svd(a, 1, method=method)
             assert found.S.item() == pytest.approx(float(a.norm()), rel=1e-6)
@@ -226,7 +119,7 @@ def test_u_is_the_output_side_of_a_square_weight() -> None:
 
 @pytest.mark.parametrize("method", ["krylov", "exact"])
 def test_signs_follow_u(method: str) -> None:
-    a = torch.randn(80, 60, generator=_generator(5))
+    a = torch.randn(80, 60, generator=seeded(5))
     for matrix in (a, -a, a.t(), -a.t()):
         u = topk_svd(matrix, 6, method=method).U
         assert bool((u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all())
@@ -236,7 +129,7 @@ def test_signs_follow_u(method: str) -> None:
 @pytest.mark.parametrize("method", ["krylov", "exact"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_half_precision_is_read_as_it_is(dtype: torch.dtype, method: str, transposed: bool) -> None:
-    a = with_spectrum(330, 210, _index(210) ** -0.5).to(dtype)
+    a = with_spectrum(330, 210, indices(210) ** -0.5).to(dtype)
     a = a.t() if transposed else a
     found = topk_svd(a, 8, method=method)
     assert found.S.dtype == torch.float32
@@ -258,7 +151,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_half_precision_is_never_copied_whole(transposed: bool) -> None:
-    a = torch.randn(2400, 1300, generator=_generator()).bfloat16()
+    a = torch.randn(2400, 1300, generator=seeded()).bfloat16()
     a = a.t() if transposed else a
     with _Largest() as largest:
         topk_svd(a, 4, tol="fast", max_passes=8)
@@ -305,8 +198,8 @@ def test_memory_beside_a_large_matrix(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("method", ["krylov", "exact"])
 def test_strides(method: str) -> None:
-    base = torch.randn(420, 660, generator=_generator(), dtype=torch.float64).float()
-    base[:, ::2] += with_spectrum(420, 330, 40 * _index(6)).float()
+    base = torch.randn(420, 660, generator=seeded(), dtype=torch.float64).float()
+    base[:, ::2] += with_spectrum(420, 330, 40 * indices(6)).float()
     for a in (base[:, ::2], base[::2], base.t()[::3], base[:, :200].t(), base[0].expand(220, 660)):
         check(a, 5, topk_svd(a, 5, method=method), tol=1e-4)
         same = topk_svd(a.contiguous(), 5, method=method)
@@ -314,7 +207,7 @@ def test_strides(method: str) -> None:
 
 
 def test_restarts_end_where_one_basis_would() -> None:
-    a = torch.randn(900, 600, generator=_generator(8))
+    a = torch.randn(900, 600, generator=seeded(8))
     found = topk_svd(a, 14, method="krylov", tol="accurate")
     assert found.info.restarts > 0
     check(a, 14, found, tol=1e-6)
@@ -341,7 +234,7 @@ def test_more_equal_values_than_a_block_has_columns(capacity: int, dtype: torch.
 @pytest.mark.parametrize("decay", [0.3, 1.0, 2.0])
 def test_steps_of_rough_products_end_in_the_same_triplets(decay: float, dtype: torch.dtype) -> None:
     """Where the CPU has AMX; elsewhere both are made in float32. The steepest spectrum needs the images of its basis."""
-    a = with_spectrum(1150, 1030, _index(1030) ** -decay).to(dtype)
+    a = with_spectrum(1150, 1030, indices(1030) ** -decay).to(dtype)
     found = topk_svd(a, 40)
     assert found.info.method == "krylov" and not topk_svd(a, 40, tol=9e-6, max_passes=6).info.rough
     assert found.info.rough == (extension.why_missing is None and torch.ops.svdkern._cpu_isa() == "amx_bf16")
@@ -354,7 +247,7 @@ def test_steps_of_rough_products_end_in_the_same_triplets(decay: float, dtype: t
 
 
 def test_same_seed_same_bits_whatever_the_global_generator() -> None:
-    a = torch.randn(300, 260, generator=_generator())
+    a = torch.randn(300, 260, generator=seeded())
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = topk_svd(a, 5, method="krylov", seed=3)
@@ -368,7 +261,7 @@ def test_same_seed_same_bits_whatever_the_global_generator() -> None:
 
 
 def test_autocast_and_reduced_precision_do_not_reach_the_products() -> None:
-    a = torch.randn(300, 260, generator=_generator())
+    a = torch.randn(300, 260, generator=seeded())
     expected = [topk_svd(a, 5, method=method) for method in ("krylov", "exact")]
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
@@ -384,7 +277,7 @@ def test_autocast_and_reduced_precision_do_not_reach_the_products() -> None:
 
 
 def test_a_matrix_that_requires_grad() -> None:
-    a = torch.randn(100, 80, generator=_generator()).requires_grad_()
+    a = torch.randn(100, 80, generator=seeded()).requires_grad_()
     for method in ("krylov", "exact"):
         assert not any(t.requires_grad for t in topk_svd(a, 3, method=method)[:3])
 
@@ -393,7 +286,7 @@ def test_a_matrix_that_requires_grad() -> None:
 
 
 def test_what_has_not_converged_says_so() -> None:
-    a = torch.randn(500, 400, generator=_generator())
+    a = torch.randn(500, 400, generator=seeded())
     found = topk_svd(a, 5, method="krylov", tol="accurate", max_passes=6)
     assert not found.info.converged and found.info.passes <= 7
     exact = torch.linalg.svdvals(a.double())[:5]
@@ -406,7 +299,7 @@ def test_what_has_not_converged_says_so() -> None:
 
 @pytest.mark.parametrize("shape", [(600, 500), (500, 600)])
 def test_a_warm_start_takes_fewer_passes(shape: tuple[int, int]) -> None:
-    a = torch.randn(*shape, generator=_generator())
+    a = torch.randn(*shape, generator=seeded())
     cold = topk_svd(a, 5, method="krylov", tol=1e-4)
     warm = topk_svd(a, 5, method="krylov", tol=1e-4, v0=cold.V)
     assert warm.info.passes < cold.info.passes
@@ -414,7 +307,7 @@ def test_a_warm_start_takes_fewer_passes(shape: tuple[int, int]) -> None:
 
 
 def test_a_warm_start_that_leads_nowhere_is_overcome() -> None:
-    a = with_spectrum(300, 260, _index(260) ** -0.5).float()
+    a = with_spectrum(300, 260, indices(260) ** -0.5).float()
     worst = torch.linalg.svd(a)[2][-20:].t()
     check(a, 5, topk_svd(a, 5, method="krylov", v0=worst), tol=1e-4)
 
@@ -423,7 +316,7 @@ def test_a_warm_start_that_leads_nowhere_is_overcome() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["auto", "krylov", "exact"])
 def test_not_finite(value: float, dtype: torch.dtype, method: str) -> None:
-    a = torch.randn(50, 40, generator=_generator()).to(dtype)
+    a = torch.randn(50, 40, generator=seeded()).to(dtype)
     a[13, 7] = value
     with pytest.raises(ValueError, match="A has a NaN or an infinity"):
         topk_svd(a, 3, method=method)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_topk import MATRICES, _generator, _index, with_spectrum
+from spectra import MATRICES, indices, seeded, with_spectrum
 from torch import Tensor
 
 from svdkern.linalg import TopkSVD, topk_svd
@@ -130,11 +130,11 @@ def test_a_thousand_seeds_violate_no_more_often_than_delta(delta: float) -> None
 @pytest.mark.slow
 def test_a_thousand_runs_are_certified_truly() -> None:
     """Every claim of a certificate, over spectra with and without gaps, runs that stop early included."""
-    generator = _generator(9)
+    generator = seeded(9)
     wrong = 0
     for seed in range(1000):
         n = 30 + seed % 20
-        kinds = (_index(n) ** -0.5, 0.8 ** _index(n), torch.rand(n, generator=generator).double() + 0.01)
+        kinds = (indices(n) ** -0.5, 0.8 ** indices(n), torch.rand(n, generator=generator).double() + 0.01)
         copies = torch.cat([torch.ones(9), 0.9 * torch.ones(n - 9)]).double()
         a = with_spectrum(n + 7, n, (*kinds, copies)[seed % 4].sort(descending=True)[0], seed=seed)
         options = {"block": 2, "capacity": n, "tol": 0.3, "max_passes": 8 + seed % 13, "certify": True}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_topk import MATRICES, _generator, _index, with_spectrum
+from spectra import MATRICES, indices, seeded, with_spectrum
 
 from svdkern.linalg import randomized_svd, svd_lowrank, topk_svd
 
 
 def test_svd_lowrank_is_torchs_with_a_smaller_error() -> None:
-    a = torch.randn(1300, 1040, generator=_generator())
+    a = torch.randn(1300, 1040, generator=seeded())
     exact = torch.linalg.svdvals(a)[:6]
     before = torch.get_rng_state()
     found = svd_lowrank(a, 6, 4)
@@ -24,7 +24,7 @@ def test_svd_lowrank_is_torchs_with_a_smaller_error() -> None:
 
 
 def test_svd_lowrank_of_a_batch_and_of_a_centred_matrix() -> None:
-    a = torch.randn(2, 3, 40, 30, generator=_generator())
+    a = torch.randn(2, 3, 40, 30, generator=seeded())
     mean = a.mean(dim=-2, keepdim=True)
     u, s, v = svd_lowrank(a, 30, M=mean, seed=1)
     assert u.shape == (2, 3, 40, 30) and s.shape == (2, 3, 30) and v.shape == (2, 3, 30, 30)
@@ -36,7 +36,7 @@ def test_svd_lowrank_of_a_batch_and_of_a_centred_matrix() -> None:
 
 
 def test_randomized_svd_of_tensors_and_arrays() -> None:
-    a = with_spectrum(1200, 1100, _index(1100) ** -1.0).float()
+    a = with_spectrum(1200, 1100, indices(1100) ** -1.0).float()
     exact = torch.linalg.svdvals(a)[:5]
     u, s, vt = randomized_svd(a, 5, random_state=3)
     assert u.shape == (1200, 5) and vt.shape == (5, 1100)
@@ -47,7 +47,7 @@ def test_randomized_svd_of_tensors_and_arrays() -> None:
     with pytest.raises(ValueError, match="power_iteration_normalizer is 'SVD', expected one of 'auto', 'QR'"):
         randomized_svd(a, 5, power_iteration_normalizer="SVD")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="random_state is a Generator, expected an integer or None"):
-        randomized_svd(a, 5, random_state=_generator())  # type: ignore[arg-type]
+        randomized_svd(a, 5, random_state=seeded())  # type: ignore[arg-type]
 
 
 def test_randomized_svd_takes_sklearns_arguments() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_topk import MATRICES, _generator, _index, with_spectrum
+from spectra import MATRICES, indices, seeded, with_spectrum
 from torch import Tensor
 
 from svdkern.linalg import topk_svd
@@ -40,9 +40,9 @@ class Products:
 @pytest.mark.parametrize("shape", [(300, 220), (220, 300)])
 @pytest.mark.parametrize("scale", [1.0, 1e-12])
 def test_a_product_of_factors(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
-    generator = _generator(2)
+    generator = seeded(2)
     left, right = (torch.randn(n, 40, generator=generator, dtype=torch.float64).to(dtype) for n in shape)
-    a = Products(left, (scale * _index(40) ** -1.0).to(dtype), right)
+    a = Products(left, (scale * indices(40) ** -1.0).to(dtype), right)
     found = topk_svd(a, 8)
     assert found.info.method == "krylov" and found.info.passes + 1 >= a.calls > 4
     s = torch.linalg.svdvals(a.matrix().double())[:8]
@@ -65,7 +65,7 @@ def test_the_same_as_the_matrix_itself() -> None:
 
 
 def test_of_a_rank_below_k() -> None:
-    a = with_spectrum(200, 180, _index(3))
+    a = with_spectrum(200, 180, indices(3))
     operator = Products(a, torch.ones(180, dtype=torch.float64), torch.eye(180, dtype=torch.float64))
     found = topk_svd(operator, 6)
     assert torch.allclose(found.S[:3], torch.tensor([3.0, 2.0, 1.0]).double()) and float(found.S[3:].max()) < 1e-9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_topk import _generator, with_spectrum
+from spectra import seeded, with_spectrum
 from torch import Tensor
 
 from svdkern.backends.philox import philox4x32
@@ -58,14 +58,14 @@ def test_blocks_become_orthonormal(dtype: torch.dtype, decades: int) -> None:
 
 
 def test_new_directions_fill_up_what_a_block_lacks() -> None:
-    basis, _ = orthonormal(torch.randn(60, 20, generator=_generator()))
-    x = torch.randn(60, 2, generator=_generator(1)) @ torch.randn(2, 8, generator=_generator(2))
+    basis, _ = orthonormal(torch.randn(60, 20, generator=seeded()))
+    x = torch.randn(60, 2, generator=seeded(1)) @ torch.randn(2, 8, generator=seeded(2))
     x -= basis @ (basis.t() @ x)
     taken: list[int] = []
 
     def fresh(count: int) -> Tensor:
         taken.append(count)
-        return torch.randn(60, count, generator=_generator(3))
+        return torch.randn(60, count, generator=seeded(3))
 
     block, own, fallback = new_directions(basis, x, 1e-4, fresh)
     together = torch.cat([basis, block], dim=1).double()

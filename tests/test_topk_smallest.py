@@ -7,31 +7,31 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_topk import check, with_spectrum
+from spectra import check, with_spectrum
 from torch import Tensor
 
 from svdkern.linalg import topk_svd
 
 
-def _generator(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _index(n: int) -> Tensor:
+def indices(n: int) -> Tensor:
     return torch.arange(1, n + 1, dtype=torch.float64)
 
 
 MATRICES: dict[str, tuple[Callable[[], Tensor], int]] = {
-    "square": (lambda: torch.randn(200, 200, generator=_generator(), dtype=torch.float64), 6),
-    "tall": (lambda: torch.randn(420, 180, generator=_generator(1), dtype=torch.float64), 6),
-    "wide": (lambda: torch.randn(180, 420, generator=_generator(2), dtype=torch.float64), 6),
-    "power": (lambda: with_spectrum(210, 210, _index(210) ** -0.5), 10),
-    "exponential": (lambda: with_spectrum(230, 210, 0.95 ** _index(210)), 8),
-    "step": (lambda: with_spectrum(220, 220, torch.where(_index(220) <= 200, 1.0, 1e-3).double()), 20),
+    "square": (lambda: torch.randn(200, 200, generator=seeded(), dtype=torch.float64), 6),
+    "tall": (lambda: torch.randn(420, 180, generator=seeded(1), dtype=torch.float64), 6),
+    "wide": (lambda: torch.randn(180, 420, generator=seeded(2), dtype=torch.float64), 6),
+    "power": (lambda: with_spectrum(210, 210, indices(210) ** -0.5), 10),
+    "exponential": (lambda: with_spectrum(230, 210, 0.95 ** indices(210)), 8),
+    "step": (lambda: with_spectrum(220, 220, torch.where(indices(220) <= 200, 1.0, 1e-3).double()), 20),
     "orthogonal": (lambda: with_spectrum(200, 200, torch.ones(200, dtype=torch.float64)), 9),
-    "singular": (lambda: with_spectrum(200, 200, _index(195)), 4),
-    "singular, k beyond the kernel": (lambda: with_spectrum(200, 200, _index(197)), 6),
-    "tall and singular": (lambda: with_spectrum(260, 200, _index(197)), 6),
+    "singular": (lambda: with_spectrum(200, 200, indices(195)), 4),
+    "singular, k beyond the kernel": (lambda: with_spectrum(200, 200, indices(197)), 6),
+    "tall and singular": (lambda: with_spectrum(260, 200, indices(197)), 6),
     "zero": (lambda: torch.zeros(200, 200, dtype=torch.float64), 5),
     "identity": (lambda: torch.eye(200, dtype=torch.float64), 5),
     "ill-conditioned": (lambda: with_spectrum(200, 200, torch.logspace(0, -12, 200, dtype=torch.float64)), 5),
@@ -65,8 +65,8 @@ def test_they_are_the_last_columns_of_the_full_svd(shape: tuple[int, int], metho
 
 
 def test_a_singular_matrix_is_shifted_and_says_so() -> None:
-    a = with_spectrum(200, 200, _index(198))
-    regular = topk_svd(with_spectrum(200, 200, _index(200)), 4, which="smallest", method="krylov")
+    a = with_spectrum(200, 200, indices(198))
+    regular = topk_svd(with_spectrum(200, 200, indices(200)), 4, which="smallest", method="krylov")
     assert "shift" not in regular.info.fallbacks
     a[:, 7] = 0
     a[11] = 0
@@ -78,21 +78,21 @@ def test_a_singular_matrix_is_shifted_and_says_so() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 def test_half_precision(dtype: torch.dtype, scale: float) -> None:
-    a = (scale * torch.randn(230, 200, generator=_generator())).to(dtype)
+    a = (scale * torch.randn(230, 200, generator=seeded())).to(dtype)
     for method in ("krylov", "exact"):
         check(a, 5, topk_svd(a, 5, which="smallest", method=method), tol=1e-4, smallest=True)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_scale(scale: float) -> None:
-    a = (scale * torch.randn(200, 200, generator=_generator(), dtype=torch.float64)).float()
+    a = (scale * torch.randn(200, 200, generator=seeded(), dtype=torch.float64)).float()
     for method in ("krylov", "exact"):
         check(a, 5, topk_svd(a, 5, which="smallest", method=method), tol=1e-4, smallest=True)
 
 
 @pytest.mark.parametrize("k", [1, 60, 100])
 def test_one_triplet_to_all(k: int) -> None:
-    a = torch.randn(120, 100, generator=_generator())
+    a = torch.randn(120, 100, generator=seeded())
     for method in ("auto", "krylov", "exact"):
         found = topk_svd(a, k, which="smallest", method=method)
         check(a, k, found, tol=1e-4, smallest=True)
@@ -100,7 +100,7 @@ def test_one_triplet_to_all(k: int) -> None:
 
 
 def test_where_the_krylov_method_ends_early_the_exact_one_takes_over() -> None:
-    a = torch.randn(300, 300, generator=_generator())
+    a = torch.randn(300, 300, generator=seeded())
     found = topk_svd(a, 5, which="smallest", method="krylov", tol="accurate", max_passes=4)
     assert "exact" in found.info.fallbacks
     check(a, 5, found, tol=1e-6, smallest=True)
@@ -109,14 +109,14 @@ def test_where_the_krylov_method_ends_early_the_exact_one_takes_over() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_residuals_of_the_matrix_are_reached_from_the_inverses(seed: int) -> None:
     """What is a small residual of the inverse, along the matrix's larger values, was none of the matrix: exact took over."""
-    a = torch.randn(700, 700, generator=_generator(seed))
+    a = torch.randn(700, 700, generator=seeded(seed))
     found = topk_svd(a, 24, which="smallest", method="krylov")
     assert found.info.converged and "exact" not in found.info.fallbacks
     check(a, 24, found, tol=1e-4, smallest=True)
 
 
 def test_same_seed_same_bits() -> None:
-    a = torch.randn(260, 240, generator=_generator())
+    a = torch.randn(260, 240, generator=seeded())
     before = torch.get_rng_state()
     first, again = (topk_svd(a, 4, which="smallest", method="krylov") for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -124,7 +124,7 @@ def test_same_seed_same_bits() -> None:
 
 
 def test_signs_and_a_warm_start() -> None:
-    a = torch.randn(260, 240, generator=_generator())
+    a = torch.randn(260, 240, generator=seeded())
     cold = topk_svd(a, 4, which="smallest", method="krylov", tol="accurate")
     assert bool((cold.U.gather(0, cold.U.abs().argmax(0, keepdim=True)) > 0).all())
     warm = topk_svd(a, 4, which="smallest", method="krylov", tol="accurate", v0=cold.V)
@@ -133,7 +133,7 @@ def test_signs_and_a_warm_start() -> None:
 
 
 def test_values_of_a_larger_matrix_than_the_exact_method_takes() -> None:
-    a = torch.randn(1100, 1100, generator=_generator())
+    a = torch.randn(1100, 1100, generator=seeded())
     found = topk_svd(a, 8, which="smallest")
     assert found.info.method == "krylov" and found.info.converged and "exact" not in found.info.fallbacks
     exact = torch.linalg.svdvals(a.double())[-8:]

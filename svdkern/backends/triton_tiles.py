@@ -4,7 +4,7 @@ A row of a table is one measured layer: (arch, dtype, family, R) and M, K, N. A 
 to an octave away in M, K and N (``table.distance``; the tuned one of two as near), and where there is none the rule of
 ``triton_kernels/configs.py``. So do layers with a core, which need all ranks in one tile.
 
-    triton_tiles.json                                     shipped; empty until a GPU has measured
+    triton_tiles.json                                     shipped; empty: nothing measured yet was faster than the rule
     $SVDKERN_CACHE_DIR | ... /tiles/<version>.json        of this user, by ``python -m svdkern tune --device cuda``
 
 ``<version>`` is a hash of the kernels' sources, Triton, torch and the GPU's name. A file that is missing, broken or another
