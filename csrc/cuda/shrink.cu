@@ -13,6 +13,7 @@
 // The tile of sums then goes through shared memory, where a core needs whole rows. Few tiles are cut along K
 // (splits.h). Dropout masks a tile in shared memory before it is multiplied; D's factor is one multiplication of the
 // sum. Floor: one read of a, M K numbers; 2 M K r operations beside it. More than 128 ranks read a again, from the L2.
+#include "epilogue.h"
 #include "launch.h"
 #include "product.h"
 #include "splits.h"
@@ -86,24 +87,6 @@ __device__ void sum_tile(const ShrinkParams& p, int row0, int rank0, unsigned ch
   __syncthreads();
 }
 
-// z of one element from the sums of its row.
-template <class T, int Ranks>
-__device__ float modulated(const Epilogue& by, const float* sums, int64_t row, int rank, int r, float scale) {
-  const float* gate = by.gate ? by.gate + row * r : nullptr;
-  float value = sums[rank];
-  if (by.core.data) {
-    value = 0.0f;
-    for (int i = 0; i < r; ++i) {
-      const float h = gate && by.gate_first ? sums[i] * gate[i] : sums[i];
-      value = fmaf(h, load(by.core.data, by.core.dtype, i * by.core.row_stride + rank * by.core.col_stride), value);
-    }
-    if (gate && by.gate_first) gate = nullptr;
-  } else if (by.sigma.data) {
-    value *= load(by.sigma.data, by.sigma.dtype, rank * by.sigma.stride);
-  }
-  return value * scale * (gate ? gate[rank] : 1.0f);
-}
-
 template <class T, int Ranks>
 __global__ void __launch_bounds__(threads) shrink_kernel(const ShrinkParams p) {
   using S = Shape<T, Ranks>;
@@ -125,7 +108,7 @@ __global__ void __launch_bounds__(threads) shrink_kernel(const ShrinkParams p) {
   each([&](int64_t row, int rank, float* line) {
     if (p.h && rank < p.r) p.h[row * p.r + rank] = line[rank - rank0];
     if (p.z) {
-      const float z = rank < p.r ? modulated<T, Ranks>(p.by, line - rank0, row, rank, p.r, scale) : 0.0f;
+      const float z = rank < p.r ? modulated(p.by, line - rank0, row, rank, p.r, scale) : 0.0f;
       static_cast<T*>(p.z)[row * R + rank] = rounded<T>(z);
     }
   });

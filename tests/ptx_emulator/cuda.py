@@ -117,7 +117,7 @@ class Launch:
     @property
     def kernel(self) -> str:
         """The plain name, as "shrink_kernel"."""
-        return next(m for m in re.findall(r"[a-z]+_kernel", self.name))
+        return next(m for m in re.findall(r"[a-z][a-z_]*_kernel", self.name))
 
     def run(self, memory: Sequence[torch.Tensor], ptx: str | None = None, **options: Any) -> Machine:
         """In the emulator, with this memory to read and write (run_ptx: read_only, write_only, mode, ...)."""
