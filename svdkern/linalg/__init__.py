@@ -1,7 +1,7 @@
 """The linear algebra behind initialisation, merging and the methods' penalties.
 
 Layer: above the backends, below ``methods``. Everything here runs outside autograd and autocast, except
-``orth_penalty``, which is differentiable.
+``orth_penalty`` and ``orth_penalties``, which are differentiable.
 """
 
 from svdkern.linalg.certificate import Certificate
@@ -10,7 +10,7 @@ from svdkern.linalg.gradient import step_factors
 from svdkern.linalg.implicit import LinearOperator
 from svdkern.linalg.lowrank import randomized_svd, svd_lowrank
 from svdkern.linalg.merged import merged_weight
-from svdkern.linalg.orthogonality import orth_penalty
+from svdkern.linalg.orthogonality import orth_penalties, orth_penalty
 from svdkern.linalg.polar import polar
 from svdkern.linalg.product import refactor, resvd
 from svdkern.linalg.projection import project_onto_, project_out_, soft_threshold_
@@ -26,6 +26,7 @@ __all__ = [
     "exact_residual",
     "factors",
     "merged_weight",
+    "orth_penalties",
     "orth_penalty",
     "polar",
     "project_onto_",

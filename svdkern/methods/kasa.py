@@ -20,7 +20,7 @@ from torch import Tensor
 
 from svdkern import linalg
 from svdkern.methods.lora import kaiming
-from svdkern.methods.method import Card, Compat, Cut, Factors, Layer, Method, Start, total
+from svdkern.methods.method import Card, Compat, Cut, Factors, Layer, Method, Start
 from svdkern.methods.minor import minor_triplets
 
 
@@ -92,10 +92,9 @@ class KaSA(Method):
             return None
         official = self.compat == "official"
         gram: Literal["inner", "outer"] = "outer" if official else "inner"
-        terms = []
-        for layer in layers:
-            assert layer.sigma is not None
-            wide = torch.promote_types(layer.sigma.dtype, torch.float32)
-            orthogonality = linalg.orth_penalty(layer.u, gram) + linalg.orth_penalty(layer.v, gram)
-            terms.append(self.beta * layer.sigma.to(wide).square().sum() + self.gamma * orthogonality)
-        return total(terms) / len(layers) if official else total(terms)
+        sigmas: list[Tensor] = [layer.sigma for layer in layers if layer.sigma is not None]
+        device, wide = sigmas[0].device, torch.promote_types(sigmas[0].dtype, torch.float32)
+        values = torch.cat([sigma.to(device, wide) for sigma in sigmas])
+        norms = linalg.orth_penalties([factor for layer in layers for factor in (layer.u, layer.v)], gram)
+        penalty = self.beta * values.square().sum() + self.gamma * norms.sum()
+        return penalty / len(layers) if official else penalty

@@ -1,8 +1,9 @@
 """SORSA: the leading singular triplets train with sigma apart, and a penalty keeps both sides orthonormal.
 
-    U = Q_r, sigma = S_r, V = P_r  (r leading triplets of the stored weight P diag(S) Q^T)          W_res = W - s V
-    diag(sigma) U^T y = x W_res + s ((x U) * sigma) V^T          trains U, sigma, V: r (K + N + 1) numbers L = L_train +
-    (gamma / eta) mean over all U and V of the model of ||F^T F - I||_F
+    U = Q_r, sigma = S_r, V = P_r  (r leading triplets of the stored weight P diag(S) Q^T)
+    W_res = W - s V diag(sigma) U^T
+    y = x W_res + s ((x U) * sigma) V^T          trains U, sigma, V: r (K + N + 1) numbers
+    L = L_train + (gamma / eta) mean over all U and V of the model of ||F^T F - I||_F
 
 The paper's update is ``W - eta grad(L_train) - gamma grad(L_reg)``; as one loss for an optimizer of learning rate eta,
 the penalty's weight is gamma / eta, which is also what the authors' code does (with eta the peak of the schedule).
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from svdkern import linalg
-from svdkern.methods.method import Card, Factors, Layer, Method, total
+from svdkern.methods.method import Card, Factors, Layer, Method
 
 
 @dataclass(frozen=True)
@@ -62,5 +63,7 @@ class SORSA(Method):
         return Factors(u.to(dtype), s.to(dtype), None, v.to(dtype))
 
     def penalty(self, layers: Sequence[Layer]) -> Tensor | None:
-        norms = [linalg.orth_penalty(factor) for layer in layers for factor in (layer.u, layer.v)]
-        return (self.gamma / self.learning_rate) * total(norms) / len(norms) if norms else None
+        if not layers:
+            return None
+        norms = linalg.orth_penalties([factor for layer in layers for factor in (layer.u, layer.v)])
+        return (self.gamma / self.learning_rate) * norms.mean()

@@ -10,7 +10,7 @@ from recipes import adapted, batch, dense, layer_of, net, train
 from torch import Tensor, nn
 
 import svdkern
-from svdkern.linalg import orth_penalty
+from svdkern.linalg import orth_penalties, orth_penalty
 from svdkern.methods import KaSA, LoRAXS, SoMA
 from svdkern.methods.svfit import rank_holding
 
@@ -80,6 +80,46 @@ def test_orthonormality_gradient(gram: str) -> None:
     assert zero.grad.abs().max() == 0
     with pytest.raises(ValueError, match="gram is 'both'"):
         orth_penalty(zero, "both")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("gram", ["inner", "outer"])
+def test_penalties_of_many_factors_are_those_of_each(gram: str, squared: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [((7, 3), torch.float32), ((7, 3), torch.float32), ((12, 5), torch.bfloat16), ((4, 4), torch.float32)]
+    many = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape, dtype in shapes]
+    many += [torch.eye(6)[:, :6].clone().requires_grad_(), torch.zeros(5, 2, requires_grad=True)]
+    each = [factor.detach().clone().requires_grad_() for factor in many]
+    many[1].requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = orth_penalties(many, gram, squared)
+    expected = torch.stack([orth_penalty(factor, gram, squared) for factor in each])
+    assert torch.allclose(found, expected, rtol=1e-6) and found.dtype == torch.float32
+    towards = torch.randn(len(many), generator=generator)
+    found.backward(towards)
+    expected.backward(towards)
+    assert many[1].grad is None
+    for factor, other in zip(many, each, strict=True):
+        if factor.requires_grad:
+            assert factor.grad.dtype == factor.dtype and bool(factor.grad.isfinite().all())
+            bound = 0.02 if factor.dtype == torch.bfloat16 else 1e-5
+            assert (factor.grad - other.grad).norm() <= bound * other.grad.norm()
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("gram", ["inner", "outer"])
+def test_penalties_of_many_factors_have_their_gradients(gram: str, squared: bool) -> None:
+    many = [torch.randn(size, 3, dtype=torch.float64, requires_grad=True) for size in (5, 8)]
+    assert torch.autograd.gradcheck(lambda *factors: orth_penalties(factors, gram, squared), many)
+    assert torch.autograd.gradcheck(lambda factor: orth_penalty(factor, gram, squared), many[0])
+    value = torch.func.grad(lambda factor: orth_penalties([factor, many[1].detach()], gram, squared).sum())(many[0])
+    assert torch.allclose(value, torch.autograd.grad(orth_penalty(many[0], gram, squared), many[0])[0])
+    total = orth_penalties(many).sum()
+    (first,) = torch.autograd.grad(total, many[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        first.sum().backward()
+    with pytest.raises(ValueError, match="there is no factor"):
+        orth_penalties([])
 
 
 def test_kasa_refuses_to_drop_everything() -> None:
