@@ -22,7 +22,7 @@ from torch import Tensor
 
 from svdkern import ops
 from svdkern.autocast import autocast_is_on, without_autocast
-from svdkern.backends.formula import Gradients
+from svdkern.backends.formula import Gradients, as_rows
 
 _ONCE = (
     "svd_linear is differentiable once: its backward is one fused operation that has no derivative of its own. "
@@ -66,6 +66,31 @@ class SVDLinearFunction(torch.autograd.Function):
                 dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want
             )
         return None, None, None, None, *(_not_twice(found) if twice else found)
+
+
+class ColumnsFunction(torch.autograd.Function):
+    """apply(backend, y, x, u, sigma, v, scale) -> y, with the gradients of some columns of a branch that was computed without them.
+
+    y (..., N) of a call in which the columns u (K, r), v (N, r) with their sigma (r,) took part as constants. Saved are x and
+    these; their h (M, r) is made again. The gradients of x and sigma are that call's own.
+    """
+
+    @staticmethod
+    def forward(ctx, backend, y, x, u, sigma, v, scale):
+        ctx.backend = backend
+        ctx.save_for_backward(x, u, sigma, v, scale)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, u, sigma, v, scale = ctx.saved_tensors
+        want = Gradients._make(name in ("u", "v") for name in Gradients._fields)
+        twice = torch.is_grad_enabled()
+        with torch.no_grad(), without_autocast(dy.device):
+            h = ctx.backend.shrink(as_rows(x), u, None, 0)
+            found = ctx.backend.backward(dy, x, None, u, sigma, v, scale, None, None, None, h, None, 0, want)
+        _, _, du, _, dv, *_ = _not_twice(found) if twice else found
+        return None, dy, None, du, None, dv, None
 
 
 def _not_twice(gradients: Gradients) -> tuple[Tensor | None, ...]:

@@ -218,13 +218,14 @@ class SVDLinear(nn.Module):
 
     def _composed_forward(self, x: Tensor) -> Tensor:
         """The factors and the gate as the method makes them of its parameters, then the one call."""
-        factors = self.config.product(self)
+        factors = self.config.call_factors(self)
         gate, group = self.config.gate(self, x)
-        return svd_linear(
+        y = svd_linear(
             x, self.residual, factors.u, factors.sigma, factors.v, self.bias,
             scale=self.scale, core=factors.core, gate=gate, group=group,
             dropout_p=self.dropout_p if self.training else 0.0,
         )  # fmt: skip
+        return self.config.finish(self, x, y)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self._weight_or_residual()

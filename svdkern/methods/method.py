@@ -58,6 +58,7 @@ class Layer(Protocol):
     in_features: int
     out_features: int
     training: bool
+    dropout_p: float
 
     @property
     def rank(self) -> int: ...
@@ -242,6 +243,14 @@ class Method:
     def product(self, layer: Layer) -> Factors:
         """u, sigma, core and v of the one call that computes the layer, differentiable in what trains."""
         return Factors(layer.u, layer.sigma, layer.core, layer.v)
+
+    def call_factors(self, layer: Layer) -> Factors:
+        """What the layer's own call takes: ``product``, or the same values with less of a graph, if ``finish`` adds the rest."""
+        return self.product(layer)
+
+    def finish(self, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+        """y (..., N) of the call with ``call_factors``, differentiable in what trains."""
+        return y
 
     def gate(self, layer: Layer, x: Tensor) -> tuple[Any, Tensor | None]:
         """(gate, group) of ``svd_linear`` for these activations."""

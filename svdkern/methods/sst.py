@@ -7,7 +7,8 @@
     every ``interval`` steps:  other r columns, drawn with p_i = (1/k + sigma_i / sum sigma) / 2
     every ceil(k / r) intervals (a round):  the SVD of the present product
 
-The columns that train are parameters of their own, so that gradients and optimizer states have their size. While sigma_i is
+The columns that train are parameters of their own, so that gradients and optimizer states have their size; a call writes them
+into U and V, and its backward makes their gradients alone. While sigma_i is
 exactly 0 its columns stand still (the paper's gradient is a limit there). Use no weight decay on them. The lengths of interval
 and round are not verified.
 """
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from svdkern import linalg
+from svdkern.autograd import ColumnsFunction
+from svdkern.backends.dispatch import choose_path
 from svdkern.methods.method import Card, Factors, Layer, Method, forget
 
 
@@ -46,8 +49,7 @@ class SST(Method):
         "min(K, N) + r*(K + N)",
         hooks="after a step: sigma >= 0, unit columns; every interval other columns; every round an SVD of the product",
         differs="No code was found to compare with. The lengths of interval and round are not verified. "
-        "The gradients of all columns are computed, then gathered. The "
-        "warm-up of the learning rate after a draw is the caller's.",
+        "The warm-up of the learning rate after a draw is the caller's.",
     )
     published_rank: ClassVar[int] = 64
     trains: ClassVar[tuple[str, ...]] = ("sigma", "u_active", "v_active")
@@ -90,6 +92,34 @@ class SST(Method):
     def product(self, layer: Layer) -> Factors:
         u = layer.u.index_copy(1, layer.active, layer.u_active)
         return Factors(u, layer.sigma, None, layer.v.index_copy(1, layer.active, layer.v_active))
+
+    def call_factors(self, layer: Layer) -> Factors:
+        """U and V with the active columns written into them, whatever their version: what a backward needs unchanged are the
+        active columns, which ``finish`` saves."""
+        if not self._by_columns(layer):
+            return self.product(layer)
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter((layer.u, layer.v)):
+            layer.u.index_copy_(1, layer.active, layer.u_active)
+            layer.v.index_copy_(1, layer.active, layer.v_active)
+        return Factors(layer.u, layer.sigma, None, layer.v)
+
+    def finish(self, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+        trains = torch.is_grad_enabled() and (layer.u_active.requires_grad or layer.v_active.requires_grad)
+        if not trains or not self._by_columns(layer):
+            return y
+        assert layer.sigma is not None
+        sigma = layer.sigma.detach()[layer.active]
+        backend = choose_path(x, layer.v_active, None, 0)
+        found: Tensor = ColumnsFunction.apply(
+            backend, y, x.detach().to(y.dtype), layer.u_active, sigma, layer.v_active, layer.scale
+        )
+        return found
+
+    @staticmethod
+    def _by_columns(layer: Layer) -> bool:
+        """Not where something looks on that a tensor written in place would escape, nor where a mask is drawn."""
+        looked_on = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return not looked_on and not (layer.training and layer.dropout_p)
 
     @torch.no_grad()
     def on_backward_end(self, layers: Sequence[Layer], step: int) -> None:

@@ -74,6 +74,67 @@ def test_sst_gradients_are_those_of_the_weight_times_the_other_side(k: int, n: i
     assert layer.u.grad is None and layer.v.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sst_keeps_no_copy_of_its_factors_and_gradients_of_its_columns_alone(dtype: torch.dtype) -> None:
+    layer, _ = layer_of("sst", 40, 30, 3)
+    x = torch.randn(6, 40, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.no_grad():
+        layer.u_active.mul_(1.1)  # no hook has written them into u
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda s: (saved.append(s), s)[1], lambda s: s),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+    ):
+        y = layer(x)
+    known = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    own = [s for s in saved if s.untyped_storage().data_ptr() not in known and s.dim()]
+    assert sorted(tuple(s.shape) for s in own) == [(3,), (6, 30), (6, 40)]  # sigma of the columns, h, x
+    dy = torch.randn(6, 30)
+    y.backward(dy.to(y.dtype))
+    u, sigma, _, v, _ = layer.config.product(layer)
+    leaves = [layer.u_active, layer.sigma, layer.v_active, x]
+    expected = torch.autograd.grad(((x @ u) * sigma) @ v.t(), leaves, dy)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert leaf.grad.dtype == torch.float32 and (leaf.grad - grad).norm() <= bound * grad.norm()
+
+
+def test_sst_takes_several_forwards_before_a_backward_and_notices_a_step_in_between() -> None:
+    layer, _ = layer_of("sst", 12, 9, 3)
+    x = torch.randn(6, 12)
+    once = torch.autograd.grad(layer(x).sum(), layer.u_active)[0]
+    losses = [layer(x).sum() for _ in range(3)]
+    for loss in losses:
+        loss.backward()
+    assert torch.allclose(layer.u_active.grad, 3 * once, rtol=1e-5)
+    late = layer(x).sum()
+    with torch.no_grad():
+        layer.u_active.mul_(0.9)
+    layer(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+@pytest.mark.parametrize("how", ["dropout", "func", "twice"])
+def test_sst_elsewhere_differentiates_the_whole_factors(how: str) -> None:
+    layer, _ = layer_of("sst", 12, 9, 3, dropout_p=1.0 if how == "dropout" else 0.0)
+    x = torch.randn(6, 12)
+    if how == "twice":
+        (grad,) = torch.autograd.grad(layer(x).sum(), layer.u_active, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            grad.sum().backward()
+        return
+    expected = torch.autograd.grad(layer(x).sum(), layer.u_active)[0]
+    if how == "dropout":
+        assert expected.abs().max() == 0
+        return
+
+    def loss(u_active: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"u_active": u_active}, (x,)).sum()
+
+    assert torch.allclose(torch.func.grad(loss)(layer.u_active), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_sst_step_draws_and_decomposes() -> None:
     model = net()
     torch.manual_seed(0)
