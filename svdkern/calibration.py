@@ -9,7 +9,7 @@ Layer: above ``targets``, below ``model``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from svdkern.linalg.precision import full_precision
 from svdkern.targets import ALL_LINEAR, Patterns, Target, find_targets
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -146,8 +147,9 @@ def _covariances(
     counts: dict[str, int] = {}
     batch_number = 0
 
-    def add(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+    def add(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs["input"]
+        x = given.detach().reshape(-1, given.shape[-1]).float()
         if not x.numel():
             return
         low, high = x.aminmax()
@@ -156,23 +158,20 @@ def _covariances(
             raise ValueError(f"{name}: the activations of batch {batch_number} have a NaN or an infinity")
         if bool(largest > 0):
             x = x / largest
-        product = x.t() @ x
+        with full_precision(x.device):  # the user's forward may run under autocast
+            product = x.t() @ x
         sums[name] = product if name not in sums else sums[name].add_(product)
         counts[name] = counts.get(name, 0) + 1
 
     with ExitStack() as stack:
         for target in targets:
-            handle = target.module.register_forward_pre_hook(partial(_named_hook, add, target.name))
+            handle = target.module.register_forward_pre_hook(partial(add, target.name), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(torch.no_grad())
         for batch_number, batch in enumerate(_shown(batches, "activations", progress)):  # noqa: B007  the hook reads it
             _run(model, batch, forward)
     _check_reached(targets, sums)
     return {name: sums[name].div_(counts[name]) for name in sums}
-
-
-def _named_hook(add: Callable[..., None], name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    add(name, module, inputs)
 
 
 def _gradients(
@@ -184,6 +183,9 @@ def _gradients(
     power: int,
 ) -> dict[str, Tensor]:
     weights = {target.name: _weight(target) for target in targets}
+    owners: dict[int, str] = {}  # of layers that share a weight, the first one's sum is that of all
+    for name, parameter in weights.items():
+        owners.setdefault(id(parameter), name)
     sums: dict[str, Tensor] = {}
     weight_of_batch, total = 1.0, 0.0
 
@@ -195,8 +197,8 @@ def _gradients(
 
     with ExitStack() as stack:
         stack.enter_context(_only_trainable(model, weights.values()))
-        for name, parameter in weights.items():
-            handle = parameter.register_post_accumulate_grad_hook(partial(take, name))
+        for name in owners.values():
+            handle = weights[name].register_post_accumulate_grad_hook(partial(take, name))
             stack.callback(handle.remove)
         stack.enter_context(torch.enable_grad())
         for number, batch in enumerate(_shown(batches, "gradients", progress)):
@@ -206,13 +208,14 @@ def _gradients(
             if not bool(loss.isfinite()):
                 raise ValueError(f"the loss of batch {number} is {loss.item()}, expected a finite number")
             loss.backward()
-    _check_reached(targets, sums)
+    shared = {name: owners[id(parameter)] for name, parameter in weights.items()}
+    _check_reached(targets, [name for name, owner in shared.items() if owner in sums])
     for name, value in sums.items():
         if power == 2:
             value.div_(total)
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name}: the gradients have a NaN or an infinity")
-    return sums
+    return {name: sums[owner] for name, owner in shared.items()}
 
 
 def _weight(target: Target) -> nn.Parameter:
@@ -277,8 +280,8 @@ def _tokens(batch: Any) -> int:
     return next((len(part) for part in parts if isinstance(part, Tensor) and part.dim()), 1)
 
 
-def _check_reached(targets: list[Target], sums: dict[str, Tensor]) -> None:
-    missing = [target.name for target in targets if target.name not in sums]
+def _check_reached(targets: list[Target], reached: Container[str]) -> None:
+    missing = [target.name for target in targets if target.name not in reached]
     if missing:
         some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"data reach no {some}: is it empty, or are these layers not part of the forward?")

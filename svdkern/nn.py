@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdkern.autocast import autocast_is_on
+from svdkern.autocast import autocast_is_on, without_autocast
 from svdkern.fingerprint import digest_tensor, sha256
 from svdkern.frozen import linear
 from svdkern.functional import svd_linear
@@ -236,7 +236,14 @@ class SVDLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight (N, K) in residual's dtype, computed now; differentiable in the factors until merged."""
+        """The effective weight (N, K) in residual's dtype, computed now; differentiable in the factors until merged.
+
+        Every access computes it: code that reads ``layer.weight.dtype`` in its forward, as T5's feed-forward does with
+        ``wo``, is slow with that layer adapted.
+
+        Raises:
+            RuntimeError: the method's branch depends on the input.
+        """
         if self.merged:
             return self._weight_or_residual()
         u, sigma, core, v, _ = self._mergeable()
@@ -249,7 +256,8 @@ class SVDLinear(nn.Module):
     def _mergeable(self) -> Factors:
         if not self.config.merges:
             raise RuntimeError(f"{self.method}'s branch depends on the input: there is no one weight that equals it")
-        return self.config.product(self)
+        with without_autocast(self.u.device):  # a weight's values do not depend on where it is asked for
+            return self.config.product(self)
 
     @property
     def rank(self) -> int:

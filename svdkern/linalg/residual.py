@@ -4,8 +4,9 @@ An adapter that was cut out of a weight is saved without the residual: whoever l
 the untouched weight and the *initial* factors. That is only safe if the result does not depend on the instruction set,
 the number of threads or the device. So the order of operations is fixed, in float64, and nothing is fused:
 
-    a_i = fl(fl(s sigma_i) u_i)        acc = W;  for i = 0 ... r-1:  acc = fl(acc - fl(v_i a_i))        W_res =
-    round(acc)
+    a_i = fl(fl(s sigma_i) u_i)
+    acc = W;  for i = 0 ... r-1:  acc = fl(acc - fl(v_i a_i))
+    W_res = round(acc)
 
 ``round`` goes from float64 to weight's dtype once, to nearest, ties to even.
 """

@@ -66,6 +66,10 @@ class CoDyRA(Method):
         if not 0.0 <= self.dense_share <= 1.0:
             raise ValueError(f"dense_share is {self.dense_share}, expected 0 <= dense_share <= 1")
 
+    def check_scale(self, scale: float) -> None:
+        if scale != 1.0:
+            raise ValueError(f"scale is {scale}, expected 1 (leave alpha out): the ranks' gates are the scale")
+
     def shapes(self, in_features: int, out_features: int, rank: int) -> dict[str, tuple[int, ...]]:
         past = {"past_u": (in_features, -1), "past_sigma": (-1,), "past_v": (out_features, -1)}
         return {**super().shapes(in_features, out_features, rank), **past}
@@ -93,8 +97,12 @@ class CoDyRA(Method):
         dense = int(self.dense_share * self.total_steps)
         if step <= dense:
             return 0.0
-        level = min(LEVELS - 1, (step - dense) // max(1, (self.total_steps - dense) // LEVELS))
-        return self.kappa * level / (LEVELS - 1)
+        sparse = self.total_steps - dense
+        if sparse >= LEVELS:
+            level = (step - dense) // (sparse // LEVELS)
+        else:  # not every level has a step; the last one has
+            level = (step - dense) * (LEVELS - 1) // max(1, sparse)
+        return self.kappa * min(LEVELS - 1, level) / (LEVELS - 1)
 
     def on_step_end(self, layers: Sequence[Layer], step: int, optimizer: torch.optim.Optimizer | None) -> None:
         kappa = self.threshold(step)

@@ -12,6 +12,7 @@ left out is not here.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -71,7 +72,15 @@ class DiffoRA(LoRA):
 
     def on_round_end(self, layers: Sequence[Layer], optimizer: torch.optim.Optimizer | None) -> None:
         count = math.ceil(self.keep * len(layers))
-        ranked = sorted(range(len(layers)), key=lambda i: -float(layers[i].gamma))
+        gates = [float(layer.gamma) for layer in layers]
+        ranked = sorted(range(len(layers)), key=lambda i: -gates[i])
+        if count < len(layers) and gates[ranked[count - 1]] == gates[ranked[count]]:
+            value = gates[ranked[count]]
+            warnings.warn(
+                f"{gates.count(value)} layers have the gate {value:g}, and not all of them can be among the {count} that stay: "
+                "the first ones in the model do. Train the gates for longer, or with a larger learning rate",
+                stacklevel=2,
+            )
         for place, i in enumerate(ranked):
             layers[i].decided.fill_(2.0 if place < count else 1.0)
             layers[i].gamma.fill_(1.0 if place < count else 0.0)

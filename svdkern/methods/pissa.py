@@ -1,7 +1,7 @@
 """PiSSA: the leading singular triplets train, the rest of the weight is frozen.
 
-    U = Q sqrt(S/s), V = P sqrt(S/s)  (r leading triplets of the stored weight P diag(S) Q^T)          W_res = W - s V
-    U^T y = x W_res + s (x U) V^T          trains U, V: r (K + N) numbers
+    U = Q sqrt(S/s), V = P sqrt(S/s)  (r leading triplets of the stored weight P diag(S) Q^T)          W_res = W - s V U^T
+    y = x W_res + s (x U) V^T          trains U, V: r (K + N) numbers
 
 The residual is computed from the factors after they are rounded, so that the layer starts as the weight (the usual
 implementation subtracts first and rounds afterwards). They are rounded to the weight's dtype where the factors' dtype holds

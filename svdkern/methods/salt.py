@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from svdkern import linalg
+from svdkern.autocast import without_autocast
 from svdkern.methods.method import Card, Compat, Factors, Layer, Method, total
 
 
@@ -114,7 +115,8 @@ class SALT(Method):
             return None
         terms = []
         for layer in layers:
-            low_rank = (layer.x.t() @ layer.x) * (layer.y @ layer.y.t())  # its sum is |X Y|_F^2
+            with without_autocast(layer.x.device):
+                low_rank = (layer.x.t() @ layer.x) * (layer.y @ layer.y.t())  # its sum is |X Y|_F^2
             terms += [_root(self._change(layer).square().sum()), _root(low_rank.sum())]
         return self.penalty_weight * total(terms)
 

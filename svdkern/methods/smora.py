@@ -91,8 +91,8 @@ class SMoRA(Method):
         if layer.training and self.balance_rate:
             self._balance(layer.balance, chosen)
         total = value.sum(-1, keepdim=True) * self.partition
-        if self.compat == "official":
-            total = total.clamp_min(1e-6)  # b may have made it negative
+        # b may have made the official one negative; the other is 0 where all sigmoids underflow
+        total = total.clamp_min(1e-6 if self.compat == "official" else torch.finfo(total.dtype).tiny)
         value = self.active * value / total
         if self.partition == 1:
             return (chosen, value), None

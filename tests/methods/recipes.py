@@ -113,3 +113,12 @@ def train(
 
 
 ALL = list(METHODS)
+
+
+def stepped(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with the state of one step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(**batch()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer

@@ -97,3 +97,13 @@ def test_a_penalty_in_the_loss_is_not_added_twice() -> None:
     assert all(p.grad is None for p in model.parameters())
     MethodCallback(model).on_pre_optimizer_step(None, None, None)
     assert torch.allclose(model.net.up.sigma.grad, 2 * model.net.up.sigma)
+
+
+def test_scaled_gradients_that_are_never_unscaled_are_refused(tmp_path: Path) -> None:
+    from svdkern.integrations.transformers import MethodCallback
+
+    callback = MethodCallback(Model(KaSA()))
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_grad_norm=0.0)
+    arguments.fp16 = True  # as on a GPU
+    with pytest.raises(ValueError, match="fp16 is on and max_grad_norm is 0"):
+        callback.on_train_begin(arguments, transformers.TrainerState(), transformers.TrainerControl())

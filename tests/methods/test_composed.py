@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from recipes import adapted, batch, dense, layer_of, net, train
+from recipes import adapted, batch, dense, layer_of, net, stepped, train
 from torch import Tensor, nn
 
 import svdkern
@@ -52,13 +52,14 @@ def test_salt_starts_with_y_at_zero_and_trains_through_it() -> None:
     assert layer.x.grad.abs().max() == 0 and layer.u.grad is None and layer.v.grad is None
 
 
-def test_salt_official_first_step_moves_only_the_diagonal_of_the_low_rank_part() -> None:
+@pytest.mark.parametrize("compat", ["paper", "official"])
+def test_salt_official_first_step_moves_only_the_diagonal_of_the_low_rank_part(compat: str) -> None:
     """relu has derivative 0 at the zeros that X Y starts with."""
-    layer, _ = layer_of(SALT(lora_rank=4, compat="official"), 12, 9, 3)
-    product = (layer.x @ layer.y).detach().requires_grad_()
-    values = torch.diag(layer.values[3:])
-    (product + values).relu().sum().backward()
-    assert torch.equal(product.grad != 0, torch.eye(6, dtype=torch.bool))
+    layer, weight = layer_of(SALT(lora_rank=4, compat=compat), 9, 9, 3)
+    core = layer.v.t() @ layer.weight @ layer.u  # Sigma', as the layer has it
+    (reached,) = torch.autograd.grad(core[3:, 3:].sum(), [layer.y])
+    moved = torch.eye(6) if compat == "official" else torch.ones(6, 6)
+    assert torch.allclose(reached, layer.x.t() @ moved, atol=1e-5)
 
 
 def test_salt_penalty_in_float64() -> None:
@@ -79,6 +80,16 @@ def test_salt_penalty_in_float64() -> None:
     wanted = torch.autograd.grad(0.01 * expected, [model.up.x, model.up.alpha, model.down.y])
     found = torch.autograd.grad(value, [model.up.x, model.up.alpha, model.down.y])
     assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(wanted, found, strict=True))
+
+
+def test_salt_is_composed_and_punished_in_float32_under_autocast() -> None:
+    model = adapted(SALT(lora_rank=4, penalty_weight=0.1))
+    perturb(model)
+    wanted, penalty = dense(model.up), svdkern.regularization(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(svdkern.regularization(model), penalty)
+        svdkern.merge(model)
+    assert torch.allclose(model.up.weight.double(), wanted, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ RandLoRA
@@ -196,6 +207,15 @@ def test_smora_refuses_settings(arguments: dict[str, int]) -> None:
         layer_of(SMoRA(), 12, 9, 3)
 
 
+def test_smora_is_finite_where_all_sigmoids_underflow() -> None:
+    layer, _ = layer_of("smora", 12, 9, 4)
+    with torch.no_grad():
+        layer.router.fill_(-100.0)
+        layer.v.normal_()
+    x = torch.ones(3, 12)
+    assert layer(x).isfinite().all()
+
+
 def test_smora_keeps_its_router_out_of_merging() -> None:
     layer, _ = layer_of("smora", 12, 9, 4)
     for call in (layer.merge, lambda: layer.weight):
@@ -243,6 +263,23 @@ def test_diffora_keeps_the_layers_with_the_largest_gates() -> None:
         layer.gamma.data.add_(0.4)
     hooks.on_step_end()  # the decision stands
     assert [layer.gamma.item() for layer in model] == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_diffora_says_when_the_gates_do_not_decide() -> None:
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    svdkern.adapt(model, DiffoRA(keep=0.5), rank=2)
+    model[0].gamma.data.fill_(0.5)
+    with pytest.warns(UserWarning, match="3 layers have the gate 1, and not all of them can be among the 2"):
+        svdkern.Hooks(model).on_round_end()
+    assert [layer.gamma.item() for layer in model] == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_diffora_forgets_the_optimizer_state_of_the_gates() -> None:
+    model = adapted(DiffoRA(keep=1.0))
+    optimizer = stepped(model)
+    assert model.up.gamma in optimizer.state
+    svdkern.Hooks(model, optimizer).on_round_end()
+    assert model.up.gamma not in optimizer.state and model.up.u in optimizer.state
 
 
 def test_batch_and_train_are_what_the_tests_think() -> None:

@@ -52,6 +52,36 @@ def test_covariance_of_inputs_without_a_positive_value_is_finite() -> None:
     assert activation_covariance(model, [torch.zeros(2, 3)], ["0"])["0"].abs().max() == 0
 
 
+def test_covariance_is_float32_under_autocast_and_inputs_may_be_given_by_name() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(12, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.up(input=x)
+
+    x = batch()["x"]
+    found = activation_covariance(Half(), [x])["up"]
+    rows = (x / x.abs().max()).reshape(-1, 12).double()
+    assert torch.allclose(found.double(), rows.t() @ rows, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_that_share_a_weight_share_its_gradient() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    x = torch.randn(5, 6)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    found, squares = weight_gradient(model, [x], forward=loss), fisher(model, [x], forward=loss)
+    (wanted,) = torch.autograd.grad(loss(model, x), [model[0].weight])
+    for name in ("0", "1"):
+        assert torch.allclose(found[name], wanted) and torch.allclose(squares[name], wanted.square())
+
+
 def test_gradient_and_fisher_are_those_of_autograd_and_leave_the_model_as_it_was() -> None:
     model = net()
     model.up.bias.requires_grad_(False)

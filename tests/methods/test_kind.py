@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import adapted, batch, dense, layer_of, net, train
+from recipes import adapted, batch, dense, layer_of, net, stepped, train
 from torch import nn
 
 import svdkern
@@ -80,9 +80,10 @@ def test_groups_have_to_be_given_and_to_fit() -> None:
 def test_the_second_stage_trains_fresh_tailors_alone_and_is_saved_as_such(tmp_path: Path) -> None:
     model = adapted("kind", rank=6)
     train(model)
+    optimizer = stepped(model)
     genes = [model.up.u.clone(), model.up.sigma.clone(), model.up.v.clone()]
-    optimizer = torch.optim.AdamW(model.parameters())
     svdkern.Hooks(model, optimizer).on_round_end()
+    assert {p for p in optimizer.state if p.requires_grad} <= {model.up.bias, model.down.bias}
     assert {name for name, p in model.up.named_parameters() if p.requires_grad} == {
         "tailor_u",
         "tailor_sigma",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import adapted, batch, dense, layer_of, net, train
+from recipes import adapted, batch, dense, layer_of, net, stepped, train
 from torch import nn
 
 import svdkern
@@ -206,6 +206,13 @@ def test_codyra_threshold_ramps_after_the_dense_phase() -> None:
     assert config.threshold(198) == pytest.approx(0.49) and config.threshold(10_000) == pytest.approx(0.49)
 
 
+def test_codyra_reaches_the_last_threshold_in_few_steps_too() -> None:
+    config = CoDyRA(kappa=0.49, total_steps=60, dense_share=0.5)
+    assert config.threshold(31) == pytest.approx(0.01) and config.threshold(60) == pytest.approx(0.49)
+    with pytest.raises(ValueError, match="scale is 2.0, expected 1"):
+        adapted(CoDyRA(), alpha=6.0)
+
+
 def test_soft_threshold_and_the_official_one() -> None:
     values = torch.tensor([-3.0, -1.5, -0.5, 0.0, 0.5, 1.0, 1.9, 2.5])
     assert soft_threshold_(values.clone(), 1.0).tolist() == [-2.0, -0.5, 0.0, 0.0, 0.0, 0.0, pytest.approx(0.9), 1.5]
@@ -218,15 +225,16 @@ def test_codyra_task_end_keeps_the_function_drops_ranks_and_starts_anew(tmp_path
     model = adapted("codyra")
     train(model)
     layer = model.up
+    optimizer = stepped(model)
     with torch.no_grad():
         layer.sigma[1] = 0.0
     x = batch()["x"]
     before, product = model(x).detach(), dense(layer)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     hooks = svdkern.Hooks(model, optimizer)
     hooks.step = 7
+    assert layer.u in optimizer.state
     hooks.on_round_end()
-    assert hooks.step == 0
+    assert hooks.step == 0 and not optimizer.state
     assert layer.past_u.shape == (12, 2) and layer.past_v.shape == (20, 2) and model.down.past_sigma.shape == (3,)
     assert layer.v.abs().max() == 0 and layer.u.abs().max() > 0
     assert torch.allclose(dense(layer), product, atol=1e-6) and torch.allclose(model(x), before, atol=1e-5)
@@ -252,7 +260,7 @@ def test_codyra_prunes_while_training() -> None:
     hooks.on_step_end()
     hooks.on_step_end()
     assert torch.equal(model.up.sigma, dense_phase)
-    hooks.on_step_end()  # the first level is 10
+    hooks.on_step_end()  # half of the steps, half of kappa
     assert model.up.sigma.abs().max() == 0 == model.down.sigma.abs().max()
 
 
