@@ -311,6 +311,20 @@ def test_osf_without_parameter_projection_leaks_under_adam() -> None:
     assert leaks[True] < 1e-5 < 1e-3 < leaks[False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("k", "n"), [(48, 48), (48, 36)])
+def test_osf_steps_without_a_gradient_change_nothing(k: int, n: int, dtype: torch.dtype) -> None:
+    """Rounded bases are not orthonormal: a plain B B^T at every step lets the factors grow or shrink without end."""
+    layer, _ = layer_of("osf", k, n, 12, adapter_dtype=dtype)
+    before = layer.config.product(layer).v.detach().clone() * layer.sigma.detach() @ layer.u.detach().t()
+    hooks = svdkern.Hooks(nn.Sequential(layer))
+    for _ in range(300):
+        hooks.on_step_end()
+    after = layer.v * layer.sigma @ layer.u.t()
+    bound = 1e-6 if k == n or dtype == torch.float32 else 4 * torch.finfo(dtype).eps  # u_high and u are rounded apart
+    assert (after.double() - before.double()).norm() <= bound * before.double().norm()
+
+
 def test_projections() -> None:
     basis, _ = torch.linalg.qr(torch.randn(9, 4))
     tensor = torch.randn(9, 3)
