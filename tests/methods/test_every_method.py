@@ -96,7 +96,7 @@ def test_the_layer_is_the_equation_and_starts_where_it_should(method: str, k: in
             config.check_rank(k, n, rank)
         except ValueError:
             continue
-        alpha = None if method in ("sst", "kind") else 2.0 * config.divisor(rank)
+        alpha = None if method in ("sst", "kind", "codyra") else 2.0 * config.divisor(rank)
         layer, weight = layer_of(method, k, n, rank, alpha=alpha)
         x = torch.randn(5, k, dtype=torch.float32, generator=torch.Generator().manual_seed(3))
         if config.merges:
