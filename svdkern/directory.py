@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -34,13 +35,15 @@ def replace_directory(path: Path, build: Callable[[Path], None], own_files: Iter
     Args:
         path: a new directory, an empty one, or one that holds nothing but ``own_files``. Missing parents are made.
         build: writes the files; if it raises, path keeps what it had.
-        own_files: names that a directory at path may hold; anything else is somebody else's and is never deleted.
+        own_files: names that a directory at path may hold; anything else is somebody else's and is never deleted, nor if it
+            arrives during the build.
 
     Raises:
         ValueError: path is no directory, or holds other files.
         OSError: no space, no permission.
     """
     path = Path(os.path.realpath(path))  # a symbolic link to a directory stays one
+    own_files = frozenset(own_files)
     check_replaceable(path, own_files)
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean(path)
@@ -50,7 +53,7 @@ def replace_directory(path: Path, build: Callable[[Path], None], own_files: Iter
         for file in folder.iterdir():
             flush(file)
         flush(folder)
-        _swap(folder, path)
+        _swap(folder, path, own_files)
         flush(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what was at path before, or an unfinished build
@@ -64,7 +67,12 @@ def check_replaceable(path: Path, own_files: Iterable[str]) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file, expected a directory or a new path")
-    others = sorted({entry.name for entry in path.iterdir()} - set(own_files))
+    _refuse_others(path, path, own_files)
+
+
+def _refuse_others(folder: Path, path: Path, own_files: Iterable[str]) -> None:
+    """ValueError if folder, which is at path or was there a moment ago, holds other files."""
+    others = sorted({entry.name for entry in folder.iterdir()} - set(own_files))
     if others:
         shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
         raise ValueError(
@@ -82,14 +90,17 @@ def _make_locked(path: Path) -> tuple[Path, int | None]:
         folder.mkdir()
         if fcntl is None:
             return folder, None
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process took it for a remnant
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             return folder, lock  # a file system without locks: nothing there is ever taken for a remnant
         if folder.exists():
             return folder, lock
-        os.close(lock)  # another process saw it before it was locked and took it for a remnant
+        os.close(lock)  # it was taken for a remnant before it was locked
 
 
 def _clean(path: Path) -> None:
@@ -117,7 +128,7 @@ def _escape(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
-def _swap(folder: Path, path: Path) -> None:
+def _swap(folder: Path, path: Path, own_files: frozenset[str]) -> None:
     for _ in range(100):
         try:
             folder.rename(path)  # a new path, or an empty directory
@@ -126,17 +137,32 @@ def _swap(folder: Path, path: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM):
                 raise
         try:
-            if _exchange(folder, path):
+            if not _exchange(folder, path):
+                _rename_twice(folder, path, own_files)
                 return
-            old = folder.with_name(f"{folder.name}.old")
-            path.rename(old)
-            folder.rename(path)
-            old.rename(folder)
+            try:
+                _refuse_others(folder, path, own_files)
+            except BaseException:
+                _exchange(folder, path)
+                raise
             return
         except OSError as error:  # another process was between its two renames
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                 raise
     raise OSError(errno.EBUSY, "other processes keep replacing it", str(path))
+
+
+def _rename_twice(folder: Path, path: Path, own_files: frozenset[str]) -> None:
+    old = folder.with_name(f"{_prefix(path)}{uuid4().hex}.old")
+    path.rename(old)
+    try:
+        _refuse_others(old, path, own_files)
+        folder.rename(path)
+    except BaseException:
+        with suppress(OSError):  # another process put it back, or put its own there
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(folder: Path, path: Path) -> bool:

@@ -157,6 +157,80 @@ def test_remnants_are_cleaned_and_an_interrupted_fallback_is_put_back(tmp_path: 
     assert read(path) == {"x"}
 
 
+def test_a_file_that_arrives_during_the_build_is_not_deleted(tmp_path: Path, either: str) -> None:
+    path = tmp_path / "a"
+    replace_directory(path, write("old"), FILES)
+
+    def build(folder: Path) -> None:
+        write("new")(folder)
+        (path / "thesis.tex").write_text("years")
+
+    with pytest.raises(ValueError, match="a holds other files .*thesis.tex"):
+        replace_directory(path, build, FILES)
+    assert (path / "thesis.tex").read_text() == "years" and (path / "one").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_taken_for_a_remnant_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fcntl")
+    real, path = os.open, tmp_path / "a"
+
+    def open_late(file: Path, *arguments: int) -> int:
+        if Path(file).name.startswith(".a.svdkern-"):
+            monkeypatch.setattr(os, "open", real)
+            directory._clean(path)  # as another process that begins to save
+        return real(file, *arguments)
+
+    monkeypatch.setattr(os, "open", open_late)
+    replace_directory(path, write("x"), FILES)
+    assert read(path) == {"x"} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_process_cleans_up_at_the_second_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Before it, the old directory is put back; after it, removed. Either way the save goes on."""
+    pytest.importorskip("fcntl")
+    path = tmp_path / "a"
+    replace_directory(path, write("old"), FILES)
+    monkeypatch.setattr(directory, "_exchange", lambda folder, path: False)
+    real = Path.rename
+
+    def rename(source: Path, target: Path) -> Path:
+        is_second = target == path and not source.name.endswith(".old") and not path.exists()
+        if is_second and when == "before":
+            monkeypatch.setattr(Path, "rename", real)
+            directory._clean(path)
+        moved = real(source, target)
+        if is_second and when == "after":
+            directory._clean(path)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename)
+    replace_directory(path, write("new"), FILES)
+    assert read(path) == {"new"} and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_old_directory_is_put_back_if_the_second_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    replace_directory(path, write("old"), FILES)
+    monkeypatch.setattr(directory, "_exchange", lambda folder, path: False)
+    real = Path.rename
+
+    def rename(source: Path, target: Path) -> Path:
+        if target == path and not source.name.endswith(".old") and not path.exists():
+            raise OSError(errno.EIO, "the disk is gone")
+        return real(source, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="the disk is gone"):
+        replace_directory(path, write("new"), FILES)
+    assert read(path) == {"old"} and list(tmp_path.iterdir()) == [path]
+
+
 def test_exchange_reports_what_the_system_cannot(tmp_path: Path) -> None:
     if not sys.platform.startswith("linux"):
         pytest.skip("needs renameat2")
