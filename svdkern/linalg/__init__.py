@@ -6,6 +6,7 @@ Layer: above the backends, below ``methods``. Everything here runs outside autog
 
 from svdkern.linalg.certificate import Certificate
 from svdkern.linalg.factors import factors
+from svdkern.linalg.fwsvd import fwsvd
 from svdkern.linalg.gradient import step_factors
 from svdkern.linalg.implicit import LinearOperator
 from svdkern.linalg.lowrank import randomized_svd, svd_lowrank
@@ -25,6 +26,7 @@ __all__ = [
     "TopkSVD",
     "exact_residual",
     "factors",
+    "fwsvd",
     "merged_weight",
     "orth_penalties",
     "orth_penalty",
