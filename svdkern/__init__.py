@@ -9,6 +9,8 @@ merge, unmerge                folds the adapters into the weights, and back to t
 save_adapter, load_adapter    the adapter as a directory; loading rebuilds the same bits, without an SVD
 regularization, Hooks         the method's own penalty, and what it does around a step of training
 methods                       the published methods, one configuration each
+merging                       several fine-tuned models as one
+LowRankProjected              an optimizer with its states in a few directions of each matrix
 linalg                        factors of a weight, exact residuals
 """
 
@@ -21,7 +23,7 @@ if (_kernels := Path(__file__).resolve().parent.parent / "triton_kernels").joinp
     sys.modules["svdkern.triton_kernels"] = triton_kernels = ModuleType("svdkern.triton_kernels")
     triton_kernels.__path__ = [str(_kernels)]
 
-from svdkern import linalg, methods
+from svdkern import linalg, merging, methods
 from svdkern.checkpoint import load_adapter, save_adapter
 from svdkern.frozen import Linear, linear
 from svdkern.functional import svd_linear
@@ -29,12 +31,14 @@ from svdkern.graphs import warmup
 from svdkern.hooks import Hooks
 from svdkern.model import adapt, merge, regularization, unmerge
 from svdkern.nn import SVDLinear
+from svdkern.projected import LowRankProjected
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Hooks",
     "Linear",
+    "LowRankProjected",
     "SVDLinear",
     "__version__",
     "adapt",
@@ -42,6 +46,7 @@ __all__ = [
     "linear",
     "load_adapter",
     "merge",
+    "merging",
     "methods",
     "regularization",
     "save_adapter",

@@ -5,6 +5,7 @@ Layer: above the backends, below ``methods``. Everything here runs outside autog
 """
 
 from svdkern.linalg.certificate import Certificate
+from svdkern.linalg.dct import dct_basis, leading_columns
 from svdkern.linalg.factors import factors
 from svdkern.linalg.fwsvd import fwsvd
 from svdkern.linalg.gradient import step_factors
@@ -24,9 +25,11 @@ __all__ = [
     "LinearOperator",
     "SVDInfo",
     "TopkSVD",
+    "dct_basis",
     "exact_residual",
     "factors",
     "fwsvd",
+    "leading_columns",
     "merged_weight",
     "orth_penalties",
     "orth_penalty",

@@ -55,7 +55,7 @@ def classes(groups: Tensor) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KIND(Method):
-    """KIND (2024). Published for diffusion transformers, trained from scratch.
+    """KIND (Xie et al., 2025). Published for diffusion transformers, trained from scratch.
 
     Args:
         groups: G, class groups; with one, every tailor is always on.
@@ -68,7 +68,10 @@ class KIND(Method):
     stage: Stage = "together"
 
     name: ClassVar[str] = "kind"
-    citation: ClassVar[str] = "KIND: Knowledge Integration and Diversion in Diffusion Models. arXiv 2408.07337, 2024"
+    citation: ClassVar[str] = (
+        "Y. Xie, F. Feng, R. Shi, J. Wang, Y. Rui, X. Geng: KIND: Knowledge Integration and Diversion for Training Decomposable "
+        "Models. ICML 2025, arXiv 2408.07337"
+    )
     card: ClassVar[Card] = Card(
         "((x U) * sigma * [1, g(class)]) V^T, no W",
         "r leading triplets of the weight; its output only if these are all (`rank=None`) and there is one group, else **not**",

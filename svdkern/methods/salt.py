@@ -40,8 +40,8 @@ class SALT(Method):
 
     name: ClassVar[str] = "salt"
     citation: ClassVar[str] = (
-        "A. Elsayed, S. Hashmi, M. Elseiagy, H. Wang, M. Yaqub, I. Almakky: SALT: Singular Value Adaptation "
-        "with Low-Rank Transformation. MICCAI 2025, arXiv 2503.16055"
+        "A. Elsayed, S. Hashmi, M. Elseiagy, H. Wang, M. Yaqub, I. Almakky: SALT: Parameter-Efficient "
+        "Fine-Tuning via Singular Value Adaptation with Low-Rank Transformation. arXiv 2503.16055, 2025"
     )
     card: ClassVar[Card] = Card(
         "x W + s x (Q_r diag((alpha - 1) S_r + beta) P_r^T + (Q_rest Y^T) (P_rest X)^T)",
