@@ -235,8 +235,9 @@ def _check_tensors(file: AdapterFile) -> None:
             shapes.update(u0=(row.in_features, -1), v0=(row.out_features, -1))
             if "sigma0" in row.dtypes:
                 shapes["sigma0"] = (-1,)
-        if set(row.dtypes) != set(shapes):
-            raise ValueError(f"{CONFIG}: dtypes of layer {name!r} has {sorted(row.dtypes)}, expected {sorted(shapes)}")
+        named = {*shapes, *row.method.derived}
+        if set(row.dtypes) != named:
+            raise ValueError(f"{CONFIG}: dtypes of layer {name!r} has {sorted(row.dtypes)}, expected {sorted(named)}")
         for attribute, shape in shapes.items():
             key = file.key(name, attribute)
             if key not in file.tensors:

@@ -38,7 +38,7 @@ from svdkern.adapter_file import (
     read_adapter,
 )
 from svdkern.directory import replace_directory
-from svdkern.fingerprint import sha256
+from svdkern.fingerprint import sha256, sha256_together
 from svdkern.frozen import use_kernels
 from svdkern.initialisation import check_linear
 from svdkern.methods import Cut, Factors, Start
@@ -73,8 +73,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     seen: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
     tied_tensors: dict[str, str] = {}
     rows = {}
+    with sharing():  # a derived tensor that layers share is made once to be compared
+        for name, layer in layers.items():
+            rows[name] = row_of(name, layer)
     for name, layer in layers.items():
-        rows[name] = row_of(name, layer)
         for attribute, tensor in saved_tensors(layer).items():
             first, _ = seen.setdefault(identity(tensor), (key_of(name, attribute), tensor))
             if first != key_of(name, attribute):
@@ -206,13 +208,28 @@ def row_of(name: str, layer: SVDLinear) -> dict[str, Any]:
     residual_dtype = layer.base_dtype if residual is None else residual.dtype
     base, initial = fingerprint, layer.initial
     if layer.fingerprint is not None:
-        base, expected = (bytes(row).hex() for row in layer.fingerprint.tolist())
+        base, expected, cut = (bytes(row).hex() for row in layer.fingerprint.tolist())
         if fingerprint != expected:
             raise ValueError(
                 f"{name}: the residual ({dtype_name(residual_dtype)}) is not the one that was computed from the "
                 f"original weight ({dtype_name(layer.base_dtype)}), nor that one cast once: it was written to, or cast "
                 "more than once. An adapter file could not bring it back; save the model's state_dict instead"
             )
+        if sha256_together((layer.u0, layer.sigma0, layer.v0)).hex() != cut:
+            raise ValueError(
+                f"{name}: u0, sigma0 and v0 are not what was cut out of the original weight (a factor that {layer.method} freezes "
+                "is its own initial value, and changes it when it is trained or loaded alone). An adapter file could not bring the "
+                "residual back; save the model's state_dict instead"
+            )
+    for attribute, made in layer.config.derive(
+        layer.in_features, layer.out_features, layer.rank, layer.u.dtype, layer.u.device
+    ).items():
+        if not torch.equal(made, getattr(layer, attribute)):
+            raise ValueError(
+                f"{name}: {attribute} is not what {layer.config} makes, so that a load could not bring it back; save the whole "
+                "model instead"
+            )
+    dtypes = saved_tensors(layer) | {attribute: getattr(layer, attribute) for attribute in layer.config.derived}
     return {
         "method": layer.method,
         "method_config": asdict(layer.config),
@@ -226,7 +243,7 @@ def row_of(name: str, layer: SVDLinear) -> dict[str, Any]:
         "residual_dtype": dtype_name(residual_dtype),
         "base_sha256": base,
         "residual_sha256": fingerprint,
-        "dtypes": {attribute: dtype_name(tensor.dtype) for attribute, tensor in saved_tensors(layer).items()},
+        "dtypes": {attribute: dtype_name(tensor.dtype) for attribute, tensor in dtypes.items()},
     }
 
 
@@ -322,7 +339,7 @@ def _replacement(target: Target, file: AdapterFile) -> Replacement:
     device = linear.weight.device
     made = {name: file.tensor(target.name, name, device) for name in row.shapes}
     if row.method.derived:
-        dtype = row.dtypes[row.method.trains[0]]
+        dtype = row.dtypes[row.method.derived[0]]
         made.update(row.method.derive(row.in_features, row.out_features, row.rank, dtype, device))
     u, v = made.pop("u"), made.pop("v")
     assert u is not None and v is not None
@@ -361,6 +378,10 @@ def _verify_adapted(layer: SVDLinear, file: AdapterFile, name: str) -> None:
     for attribute in row.shapes:
         has, wants = _described(getattr(layer, attribute)), _described(file.tensors.get(file.key(name, attribute)))
         if has != wants:
+            raise ValueError(f"{attribute} is {has} in the model and {wants} in the file")
+    for attribute in row.method.derived:
+        if getattr(layer, attribute).dtype != row.dtypes[attribute]:
+            has, wants = dtype_name(getattr(layer, attribute).dtype), dtype_name(row.dtypes[attribute])
             raise ValueError(f"{attribute} is {has} in the model and {wants} in the file")
     if layer.residual is not None and sha256(layer.residual).hex() != row.residual_sha256:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ def sha256(tensor: Tensor) -> bytes:
         piece = flat[start : start + step].cpu()
         digest.update((ctypes.c_char * (piece.numel() * piece.element_size())).from_address(piece.data_ptr()))
     return digest.digest()
+
+
+def sha256_together(tensors: Iterable[Tensor | None]) -> bytes:
+    """SHA-256 of the digests of several tensors, one after the other."""
+    return hashlib.sha256(b"".join(sha256(tensor) for tensor in tensors if tensor is not None)).digest()
 
 
 def digest_tensor(digest: bytes) -> Tensor:

@@ -5,17 +5,17 @@ Layer: above ``methods`` and ``functional``, below ``model``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdkern.autocast import autocast_is_on, without_autocast
-from svdkern.fingerprint import digest_tensor, sha256
+from svdkern.fingerprint import digest_tensor, sha256, sha256_together
 from svdkern.frozen import linear
 from svdkern.functional import svd_linear
 from svdkern.initialisation import check_linear, initial_start, residual_of, scale_of
+from svdkern.layer_state import LayerState
 from svdkern.linalg.merged import effective_weight, merged_weight
 from svdkern.methods import Cut, Factors, Method, Start, method_named
 
@@ -29,7 +29,7 @@ _NO_COPY = (
 )
 
 
-class SVDLinear(nn.Module):
+class SVDLinear(LayerState):
     r"""A drop-in for ``nn.Linear`` with a low-rank adapter: ``y = x W_res + s ((x U) * sigma) V^T + b``.
 
     ``SVDLinear.from_linear`` makes one of an existing layer; ``svdkern.adapt`` does so for a whole model. This
@@ -39,9 +39,11 @@ class SVDLinear(nn.Module):
     Parameters: ``residual`` (N, K), frozen; ``u`` (K, r) on the input side; ``sigma`` (r,) or None; ``core`` (r, r) or
     None; ``v`` (N, r) on the output side; ``bias`` (N,) or None, frozen; and what else the method has
     (``config.shapes``; SST and KIND have no residual). Buffers: ``scale`` (0-d float32, not in the
-    state_dict; ``layer.scale = 2.0`` writes into it); for methods that change the residual also ``u0, sigma0, v0,
-    scale0`` (the initial factors, from which a saved adapter rebuilds the residual) and ``fingerprint`` (SHA-256 of the
-    original weight and of the residual). Casting the module casts the parameters, never these buffers.
+    state_dict; ``layer.scale = 2.0`` writes into it); what the method remembers (``config.state``); for methods that
+    change the residual also ``u0, sigma0, v0, scale0`` (the initial factors, from which a saved adapter rebuilds the
+    residual) and ``fingerprint`` (SHA-256 of the original weight, of the residual and of the initial factors). Casting
+    the module casts the parameters, never these buffers. A factor that is frozen is its own initial one: one tensor, once
+    in the state_dict. Frozen tensors that the method makes of a seed (``config.derived``) are not in it, nor are they cast.
 
     ``weight`` is the *effective* weight, computed when it is read, differentiable in the factors.
 
@@ -59,12 +61,7 @@ class SVDLinear(nn.Module):
         device, dtype: of residual and bias. adapter_dtype: of the factors.
     """
 
-    in_features: int
-    out_features: int
-    config: Method
     dropout_p: float
-    merged: bool
-    base_dtype: torch.dtype
     residual: nn.Parameter | None
     u: nn.Parameter
     sigma: nn.Parameter | None
@@ -72,12 +69,10 @@ class SVDLinear(nn.Module):
     v: nn.Parameter
     bias: nn.Parameter | None
     scale: Tensor
-    kept: Tensor | None
     u0: Tensor | None
     sigma0: Tensor | None
     v0: Tensor | None
     scale0: Tensor | None
-    fingerprint: Tensor | None
 
     def __init__(
         self,
@@ -165,7 +160,8 @@ class SVDLinear(nn.Module):
         weight = self.residual.detach()
         residual = residual_of(weight, self.config, self.initial).to(dtype or weight.dtype)
         hashes = hashes or (sha256(weight), sha256(residual))
-        self.fingerprint.copy_(torch.stack([digest_tensor(digest) for digest in hashes]))
+        digests = (*hashes, sha256_together((self.u0, self.sigma0, self.v0)))
+        self.fingerprint.copy_(torch.stack([digest_tensor(digest) for digest in digests]))
         self.residual = nn.Parameter(residual, requires_grad=False)
 
     def _fill(self, linear: nn.Linear, config: Method, start: Start, scale: float, dropout_p: float) -> None:
@@ -176,6 +172,9 @@ class SVDLinear(nn.Module):
         self.training = linear.training
         self.register_parameter("residual", nn.Parameter(weight, requires_grad=False) if config.has_residual else None)
         for name, tensor in start.factors.tensors().items():
+            if name in config.state:
+                self.register_buffer(name, tensor)
+                continue
             self.register_parameter(
                 name,
                 tensor  # one that layers share stays shared
@@ -191,7 +190,7 @@ class SVDLinear(nn.Module):
         self.register_buffer("kept", None, persistent=False)
         cut = start.cut
         self.register_buffer(
-            "fingerprint", torch.zeros(2, 32, dtype=torch.uint8, device=weight.device) if cut else None
+            "fingerprint", torch.zeros(3, 32, dtype=torch.uint8, device=weight.device) if cut else None
         )
         for name, value in zip(("u0", "sigma0", "v0"), cut[:3] if cut else (None,) * 3, strict=True):
             self.register_buffer(name, value)
@@ -332,64 +331,7 @@ class SVDLinear(nn.Module):
             raise RuntimeError(_NO_COPY.format(what=what))
         return self.kept
 
-    # --------------------------------------------------------------------------------------------------- state
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        kept = self._kept_copy("state_dict") if self.merged else None
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if kept is not None:
-            destination[prefix + "residual"] = kept if keep_vars else kept.detach()
-        elif self.merged:
-            del destination[prefix + "residual"]
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        """A state_dict is unmerged, so the layer is unmerged by loading one."""
-        if self.merged and self.kept is None and self.config.has_residual and prefix + "residual" in state_dict:
-            self.merged = False  # what was dropped comes back with the state_dict
-        elif self.merged:
-            self.unmerge()
-        for name in ("u0", "sigma0", "v0"):  # rounded initial factors would rebuild another residual
-            buffer, given = self._buffers[name], state_dict.get(prefix + name)
-            if buffer is not None and given is not None and given.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(given.dtype)
-        for name, shape in self.config.shapes(self.in_features, self.out_features, self.rank).items():
-            given, held = state_dict.get(prefix + name), getattr(self, name)
-            if -1 in shape and given is not None and given.shape != held.shape and given.dim() == held.dim():
-                setattr(self, name, nn.Parameter(held.new_empty(given.shape), requires_grad=held.requires_grad))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVDLinear:
-        old = None
-        if self.fingerprint is not None and (not self.merged or self.kept is not None):
-            old = None if self.unmerged_residual is None else self.unmerged_residual.detach()
-        before = {name: self._buffers[name] for name in ("scale", "u0", "sigma0", "v0", "scale0")}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if buffer is None or after is None or after is buffer:
-                continue
-            if name == "scale":  # keeps its value through to_empty and never goes to meta
-                self._buffers[name] = buffer if after.is_meta else buffer.to(after.device)
-            elif after.dtype != buffer.dtype:  # rounded initial factors would rebuild another residual
-                self._buffers[name] = buffer.to(after.device)
-        if old is not None and (new := self.unmerged_residual) is not None:
-            self._recast_fingerprint(old, new.detach())
-        return self
-
-    def _recast_fingerprint(self, old: Tensor, new: Tensor) -> None:
-        """Follow a cast of the residual from the dtype it was computed in, which loading an adapter can repeat.
-
-        A residual that differs from its fingerprint for another reason keeps differing from it: saving refuses it.
-        """
-        if new.dtype == old.dtype or old.dtype != self.base_dtype or old.is_meta or new.is_meta:
-            return
-        assert self.fingerprint is not None
-        if bytes(self.fingerprint[1].tolist()) == sha256(old):
-            self.fingerprint[1].copy_(digest_tensor(sha256(new)))
+    # --------------------------------------------------------------------------------------------- appearance
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

@@ -108,10 +108,10 @@ class Method:
     """Whether ``product`` or ``gate`` is more than the parameters as they are."""
     merges: ClassVar[bool] = True
     """False where the branch depends on the input, so that no weight is equal to it."""
-    integers: ClassVar[tuple[str, ...]] = ()
-    """Names of the tensors that are int64 (indices)."""
+    state: ClassVar[Mapping[str, torch.dtype]] = {}
+    """What a layer remembers beside its factors (counts, indices): buffers, saved, in this dtype whatever the layer is cast to."""
     derived: ClassVar[tuple[str, ...]] = ()
-    """Names of frozen tensors that ``derive`` makes again, so that they are not saved."""
+    """Names of frozen tensors that ``derive`` makes again: they are not saved, and keep their dtype when the layer is cast."""
     needs: ClassVar[str | None] = None
     """The statistic of data that the start depends on (``svdkern.calibration``)."""
 
@@ -189,6 +189,13 @@ class Method:
         """The tensors named in ``derived``, the same bits everywhere."""
         return {}
 
+    def refusal(self, layer: Layer, state: Mapping[str, Tensor]) -> str | None:
+        """Why this layer cannot go on from a saved ``state`` (some of the tensors of ``Method.state``); None if it can."""
+        return None
+
+    def settle(self, layer: Layer) -> None:
+        """Called when a layer's ``state`` was loaded: what follows from it for the layer's configuration."""
+
     def cut_rank(self, in_features: int, out_features: int, rank: int) -> int:
         """Rank of the cut."""
         return rank
@@ -201,19 +208,19 @@ class Method:
         """An uninitialised start of the right shapes, on weight's device."""
         n, k = weight.shape
         made = {
-            name: weight.new_empty(
-                [max(0, size) for size in shape], dtype=torch.int64 if name in self.integers else dtype
-            )
+            name: weight.new_empty([max(0, size) for size in shape], dtype=self.state.get(name, dtype))
             for name, shape in self.shapes(k, n, rank).items()
         }
         factors = Factors(made.pop("u"), made.pop("sigma", None), made.pop("core", None), made.pop("v"), made)
         if not self.changes_residual:
             return Start(factors, None)
         r, start = self.cut_rank(k, n, rank), self.start_dtype(weight.dtype, dtype)
-        sigma = weight.new_empty(r, dtype=start) if self.has_sigma else None
-        return Start(
-            factors, Cut(weight.new_empty(k, r, dtype=start), sigma, weight.new_empty(n, r, dtype=start), scale)
-        )
+
+        def beside(name: str, factor: Tensor, *shape: int) -> Tensor:
+            return weight.new_empty(shape, dtype=start) if name in self.trains else factor
+
+        sigma = None if factors.sigma is None else beside("sigma", factors.sigma, r)
+        return Start(factors, Cut(beside("u", factors.u, k, r), sigma, beside("v", factors.v, n, r), scale))
 
     def residual(self, weight: Tensor, cut: Cut | None) -> Tensor:
         """What stays frozen: the weight without the cut, or the weight itself."""

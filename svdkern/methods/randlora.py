@@ -5,7 +5,8 @@
     lambda = 0, gamma = 1 / max(n, min(K, N))          trains lambda (n, r), gamma (n, min(K, N))
 
 A smaller r trains *more* numbers. The bases are a function of ``seed`` (Philox, uniform with variance 1), the same for all
-layers of a model, held once for a shape, and not saved. The scaled copies of A are made at every call.
+layers of a model, held once for a shape, and not saved: what made them is (``origin``), and they are never cast. The
+scaled copies of A are made at every call.
 
 ``compat="official"`` pairs A and B as the authors' code and PEFT do: they flatten A with the rank first and B with the basis
 first, so that column (b, j) of B meets lambda, A and gamma of another (b', j'). The update still has full rank.
@@ -14,6 +15,7 @@ first, so that column (b, j) of B meets lambda, A and gamma of another (b', j').
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -26,6 +28,7 @@ from svdkern.methods.method import Card, Compat, Factors, Layer, Method, shared
 Bases = Literal["dense", "sparse", "very_sparse"]
 _CHUNK_ELEMENTS = 1 << 20
 _LOW = 0xFFFFFFFF
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def random_basis(
@@ -82,19 +85,22 @@ class RandLoRA(Method):
     trains: ClassVar[tuple[str, ...]] = ("sigma", "gamma")
     draws: ClassVar[bool] = True
     composes: ClassVar[bool] = True
+    state: ClassVar[Mapping[str, torch.dtype]] = {"origin": torch.int64}
     derived: ClassVar[tuple[str, ...]] = ("u", "v")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bases not in get_args(Bases):
             raise ValueError(f"bases is {self.bases!r}, expected one of {', '.join(get_args(Bases))}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, expected < 2**63")
 
     def shapes(self, in_features: int, out_features: int, rank: int) -> dict[str, tuple[int, ...]]:
         short = min(in_features, out_features)
         n = -(-short // max(rank, 1))
         a, b = (short, rank), (max(in_features, out_features), n * rank)
         u, v = (a, b) if in_features <= out_features else (b, a)
-        return {"u": u, "v": v, "sigma": (n * rank,), "gamma": (n, short)}
+        return {"u": u, "v": v, "sigma": (n * rank,), "gamma": (n, short), "origin": (3,)}
 
     def rank_of(self, layer: Layer) -> int:
         return min(layer.u.shape[1], layer.v.shape[1])
@@ -121,7 +127,23 @@ class RandLoRA(Method):
         bases, shapes = self.derive(k, n, rank, dtype, weight.device), self.shapes(k, n, rank)
         gamma = weight.new_full(shapes["gamma"], 1 / max(shapes["gamma"]), dtype=dtype)
         sigma = weight.new_zeros(shapes["sigma"], dtype=dtype)
-        return Factors(bases["u"], sigma, None, bases["v"], {"gamma": gamma})
+        origin = torch.tensor(self._origin(dtype), device=weight.device)
+        return Factors(bases["u"], sigma, None, bases["v"], {"gamma": gamma, "origin": origin})
+
+    def _origin(self, dtype: torch.dtype) -> list[int]:
+        """What the bases are a function of, beside their shapes."""
+        return [self.seed, get_args(Bases).index(self.bases), _DTYPES.index(dtype)]
+
+    def refusal(self, layer: Layer, state: Mapping[str, Tensor]) -> str | None:
+        if "origin" not in state:
+            return None
+        (seed, kind, dtype), wanted = state["origin"].tolist(), self._origin(layer.u.dtype)
+        if [seed, kind, dtype] == wanted:
+            return None
+        return (
+            f"the state belongs to {get_args(Bases)[kind]} bases of seed {seed} in {_DTYPES[dtype]}, which are not in it; this "
+            f"layer's are {self.bases}, of seed {self.seed}, in {layer.u.dtype}"
+        )
 
     def product(self, layer: Layer) -> Factors:
         narrow_input = layer.in_features <= layer.out_features

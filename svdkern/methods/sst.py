@@ -15,7 +15,7 @@ and round are not verified.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,7 +56,7 @@ class SST(Method):
     draws: ClassVar[bool] = True
     has_residual: ClassVar[bool] = False
     composes: ClassVar[bool] = True
-    integers: ClassVar[tuple[str, ...]] = ("active",)
+    state: ClassVar[Mapping[str, torch.dtype]] = {"active": torch.int64}
 
     def __post_init__(self) -> None:
         super().__post_init__()
