@@ -15,6 +15,7 @@ import torch
 from svdkern.methods import METHODS
 from svdkern.streaming import init_adapter
 from svdkern.targets import ALL_LINEAR
+from svdkern.workspace import Workspace
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -41,8 +42,9 @@ then, in Python:
   model = AutoModelForCausalLM.from_pretrained("~/models/Llama-2-7b-hf", dtype="auto")   # the dtype of the files
   svdkern.load_adapter(model, "my-adapter")
 
-Interrupted (Ctrl-C, a full disk, a crash) it leaves OUT as it was, and the finished layers in OUT.partial: the same command goes
-on from there. Delete OUT.partial to start anew.
+Interrupted (Ctrl-C, a full disk, a crash) it leaves OUT as it was until all layers are finished, and whole from then on. Finished
+layers are in OUT.partial, finished files of the residual model in DIR.partial: the same command goes on from there. Delete both to
+start anew.
 """
 
 
@@ -79,7 +81,8 @@ def add_init(commands: Any) -> None:
     )
     parser.add_argument(
         "--residual", metavar="DIR", type=Path,
-        help="also write the model with W_res in place of each adapted W, its other files copied",
+        help="also write the model with W_res in place of each adapted W, into a new directory; its other files are copied, "
+        "but for hidden ones and weights in other formats",
     )  # fmt: skip
     parser.set_defaults(run=lambda options: init(options, parser))
 
@@ -87,7 +90,8 @@ def add_init(commands: Any) -> None:
 def init(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Make the adapter and report; 0 if it is there."""
     targets = ALL_LINEAR if options.target_modules == [ALL_LINEAR] else options.target_modules
-    again = "OUT is as it was; finished layers are kept, and the same command goes on from there"
+    workspace = Workspace(options.out)  # now: a current directory that is replaced can no longer be found
+    before = _directory(workspace.result)
     try:
         made = init_adapter(
             options.model,
@@ -105,10 +109,10 @@ def init(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     except OSError as error:
-        print(f"{error}\n{again}", file=sys.stderr)
+        print(f"{error}\n{_what_is_left(workspace, before)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {again}", file=sys.stderr)
+        print(f"\ninterrupted: {_what_is_left(workspace, before)}", file=sys.stderr)
         return 130
     resumed = f" ({made.resumed} of them by an earlier run)" if made.resumed else ""
     print(f"{made.layers} layers decomposed{resumed}; {made.parameters:,} parameters will train")
@@ -116,3 +120,20 @@ def init(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.residual:
         print(f"{options.residual}: the model with residuals")
     return 0
+
+
+def _directory(path: Path) -> tuple[int, int] | None:
+    """Which directory is there: another one once OUT has been replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _what_is_left(workspace: Workspace, before: tuple[int, int] | None) -> str:
+    if _directory(workspace.result) == before:
+        return "OUT is as it was; finished layers are kept, and the same command goes on from there"
+    if workspace.folder.exists():
+        return "OUT is the new adapter; what else is finished is kept, and the same command goes on from there"
+    return "but everything is finished"

@@ -10,6 +10,7 @@ import json
 import shutil
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,18 +23,27 @@ from svdkern.adapter_file import CONFIG, INITIAL, TENSORS, key_of
 from svdkern.fingerprint import sha256
 from svdkern.linalg import exact_residual
 from svdkern.methods import Method
-from svdkern.model_files import ModelFiles
-from svdkern.workspace import workspace_of
+from svdkern.model_files import INDEX, ModelFiles
+from svdkern.workspace import Workspace, is_published
 
 _PIECE = 1 << 24  # bytes copied at a time
-_BESIDE_THE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
+_SHARDS = frozenset(
+    (".safetensors", ".bin", ".pt")
+)  # below the top they are parts of the model, as 2_Dense/model.safetensors
+_OTHER_RUNTIMES = frozenset(".pth .ckpt .gguf .onnx .onnx_data .h5 .msgpack .ot .tflite".split())
 
 
 def check_residual_folder(
-    folder: Path, files: ModelFiles, config: Method, names: list[str], dtype: torch.dtype | None
+    folder: Path,
+    files: ModelFiles,
+    config: Method,
+    names: list[str],
+    dtype: torch.dtype | None,
+    settings: dict[str, Any],
 ) -> None:
-    """ValueError if ``write_residual`` would not be able to."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """ValueError if ``write_residual`` would not be able to, and a run with these settings has not finished it."""
+    is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_empty and not is_published(folder, settings):
         raise ValueError(f"{folder} exists, expected a new or empty directory for the residual model")
     if not config.changes_residual:
         raise ValueError(f"{config.name} leaves the weights as they are: there is no residual to write")
@@ -45,12 +55,10 @@ def check_residual_folder(
             )
 
 
-def write_residual(
-    folder: Path, adapter: Path, files: ModelFiles, settings: dict[str, Any], progress: bool | None
-) -> None:
-    """Write the files of ``files`` with the residuals of ``adapter``, into a directory that appears when it is whole.
+def write_residual(workspace: Workspace, adapter: Path, files: ModelFiles, progress: bool | None) -> None:
+    """Write the files of ``files`` with the residuals of ``adapter``; the workspace's result appears when it is whole.
 
-    What an interrupted run has finished, in ``<folder>.partial``, is kept and taken up again.
+    Weight files that an interrupted run has finished are kept.
 
     Raises:
         ValueError: the model or the adapter has changed since it was made.
@@ -62,7 +70,6 @@ def write_residual(
     quiet = not sys.stderr.isatty() if progress is None else not progress
     total = sum(file.stat().st_size for file in files.files)
     with (
-        workspace_of(folder, settings) as workspace,
         safe_open(adapter / TENSORS, framework="pt") as factors,
         tqdm(total=total, desc="residuals", unit="B", unit_scale=True, disable=quiet) as bar,
     ):
@@ -81,10 +88,25 @@ def write_residual(
         for file in files.files:
             if not workspace.has(file.name):
                 workspace.add(file.name, lambda path, file=file: _copy(file, path, adapted, residual_of, bar))  # type: ignore[misc]
-        for pattern in _BESIDE_THE_WEIGHTS:
-            for file in files.folder.glob(pattern):
-                workspace.add(file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
-        workspace.publish(folder)
+    ours = {path.resolve() for of in (workspace, Workspace(adapter)) for path in (of.result, of.folder)}
+    for file in _beside_the_weights(files.folder, ours):
+        name = file.relative_to(files.folder).as_posix()
+        workspace.add(name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
+    workspace.publish()
+
+
+def _beside_the_weights(folder: Path, skip: set[Path], is_top: bool = True) -> Iterator[Path]:
+    """The model's other files, in subfolders too: none with weights of which the result has residuals, none that is hidden."""
+    skip = skip | {folder.resolve()}  # a link back to it
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name == "__pycache__" or path.resolve() in skip:
+            continue
+        is_weights = path.suffix in _OTHER_RUNTIMES or (is_top and path.suffix in _SHARDS)
+        is_index = is_top and path.name.endswith(".index.json") and path.name != INDEX
+        if path.is_dir():
+            yield from _beside_the_weights(path, skip, is_top=False)
+        elif path.is_file() and not is_weights and not is_index:
+            yield path
 
 
 def _copy(source: Path, target: Path, adapted: dict[str, str], residual_of: Any, bar: Any) -> None:

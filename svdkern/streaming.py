@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import threading
@@ -65,7 +66,8 @@ def init_adapter(
 ) -> Initialised:
     """Write the adapter that ``save_adapter`` would after ``adapt`` on the loaded model, without loading the model.
 
-    An interrupted run leaves ``out`` as it was and its finished layers in ``<out>.partial``; the same call goes on from there.
+    An interrupted run leaves ``out`` as it was (once all layers are finished: as the new adapter), finished layers in
+    ``<out>.partial`` and finished files of the residual model in ``<residual>.partial``; the same call goes on from there.
 
     Args:
         model: folder with ``*.safetensors`` files, sharded or not.
@@ -87,6 +89,9 @@ def init_adapter(
     if config.draws or config.needs:
         why = "draws random factors" if config.draws else "starts from data, for which the model has to run"
         raise ValueError(f"{config.name} {why}: load the model and call adapt()")
+    # Replacing an empty current directory takes it away: from there on no relative path leads anywhere.
+    model, out = Path(os.path.realpath(model)), Path(os.path.realpath(out))
+    residual = None if residual is None else Path(os.path.realpath(residual))
     files = ModelFiles.open(model)
     targets = find_targets(files.skeleton(), target_modules, exclude_modules)
     for target in targets:
@@ -94,12 +99,9 @@ def init_adapter(
         r = _rank(config, rank, linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else 1
         _check(target, r, config, scale_of(alpha, r, config), dropout_p, adapter_dtype, dtype)
     check_replaceable(out, (TENSORS, CONFIG))
-    if residual is not None and residual.resolve() == out.resolve():
+    if residual is not None and residual == out:
         raise ValueError(f"{out} is given for the adapter and for the residual model, expected two directories")
-    if residual is not None:
-        check_residual_folder(residual, files, config, [target.name for target in targets], dtype)
-
-    settings = {
+    settings: dict[str, Any] = {
         "version": version(),
         "model": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files.files},
         "method": config.name,
@@ -111,7 +113,8 @@ def init_adapter(
         "dtype": None if dtype is None else dtype_name(dtype),
         "layers": [target.name for target in targets],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if residual is not None:
+        check_residual_folder(residual, files, config, settings["layers"], dtype, settings)
     with workspace_of(out, settings) as workspace:
         made = _Layers(files, workspace, config, rank, alpha, dropout_p, adapter_dtype, dtype)
         left = [target.name for target in targets if not made.is_done(target.name)]
@@ -130,9 +133,15 @@ def init_adapter(
                 work, left, lambda name: is_small(files.tensors[f"{name}.weight"].shape), lambda calls: calls
             )
         size = _assemble(out, workspace, [target.name for target in targets])
-        if residual is not None:
-            write_residual(residual, out, files, settings, progress)
-        workspace.remove()
+        if residual is None:
+            workspace.remove()
+        else:
+            adapter = json.loads((out / CONFIG).read_text(encoding="utf-8"))["tensors_sha256"]
+            with workspace_of(residual, settings | {"adapter": adapter}) as finished:
+                if not finished.published:
+                    write_residual(finished, out, files, progress)
+                workspace.remove()
+                finished.remove()  # last: by it the same command knows that the residual model is this one
     shapes = [files.tensors[f"{target.name}.weight"].shape for target in targets]
     parameters = sum(config.trainable_parameters(k, n, _rank(config, rank, k, n)) for n, k in shapes)
     return Initialised(len(targets), len(targets) - len(left), parameters, size)

@@ -53,6 +53,11 @@ def files_below(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def parts(folder: Path) -> list[Path]:
+    """The tensor files that an interrupted run has finished, of the result at ``folder``."""
+    return list(folder.with_name(f"{folder.name}.partial").glob("parts/*.safetensors"))
+
+
 def failing_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> Callable[[], int]:
     real, calls = streaming.row_of, iter(range(1000))
     seen = []
