@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from recipes import batch, data_for, net
+from recipes import batch, configured, data_for, net
 from torch import Tensor, nn
 
 import svdkern
@@ -107,3 +108,29 @@ def test_scaled_gradients_that_are_never_unscaled_are_refused(tmp_path: Path) ->
     arguments.fp16 = True  # as on a GPU
     with pytest.raises(ValueError, match="fp16 is on and max_grad_norm is 0"):
         callback.on_train_begin(arguments, transformers.TrainerState(), transformers.TrainerControl())
+
+
+@pytest.mark.parametrize("method", ["svfit", "randlora"])
+def test_a_trainer_saves_checkpoints_and_resumes_from_one(method: str, tmp_path: Path) -> None:
+    """Methods whose layers hold one tensor twice, or share one: safetensors takes neither."""
+    from svdkern.integrations.transformers import MethodCallback
+
+    samples = [{"x": x, "labels": y} for x, y in zip(*(batch()[name] for name in ("x", "target")), strict=True)]
+
+    def trained(steps: int, resume: bool) -> Model:
+        model = Model(configured(method))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, report_to=[], save_steps=2, use_cpu=True, disable_tqdm=True, seed=3,
+            remove_unused_columns=False, lr_scheduler_type="constant", learning_rate=0.01,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=samples, callbacks=[MethodCallback(model)])
+        trainer.train(resume_from_checkpoint=resume or None)
+        return model
+
+    whole = trained(4, False)
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = trained(4, True)
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(whole.net.up.sigma, Model(configured(method)).net.up.sigma)
