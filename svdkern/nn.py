@@ -219,6 +219,8 @@ class SVDLinear(LayerState):
         """The factors and the gate as the method makes them of its parameters, then the one call."""
         factors = self.config.call_factors(self)
         gate, group = self.config.gate(self, x)
+        if self.training:
+            self.config.observe(self, gate)
         y = svd_linear(
             x, self.residual, factors.u, factors.sigma, factors.v, self.bias,
             scale=self.scale, core=factors.core, gate=gate, group=group,

@@ -263,6 +263,9 @@ class Method:
         """(gate, group) of ``svd_linear`` for these activations."""
         return None, None
 
+    def observe(self, layer: Layer, gate: Any) -> None:
+        """Called with the gate of every forward while training; a forward may be computed twice (activation checkpointing)."""
+
     # --------------------------------------------------------------------------------------------- the training
 
     def penalty(self, layers: Sequence[Layer]) -> Tensor | None:

@@ -11,6 +11,7 @@ from recipes import adapted, batch, dense, layer_of, net, stepped, train
 from torch import Tensor, nn
 
 import svdkern
+from svdkern import graphs
 from svdkern.methods import SALT, DiffoRA, RandLoRA, SMoRA
 from svdkern.methods.randlora import random_basis
 
@@ -189,14 +190,45 @@ def test_smora_balances_the_load_while_training_only() -> None:
     layer, _ = layer_of(SMoRA(active=2, balance_rate=0.5), 12, 9, 4)
     x = torch.randn(50, 12)
     before = layer.balance.clone()
+    hooks = svdkern.Hooks(nn.Sequential(layer))
     layer.eval()
     layer(x)
-    assert torch.equal(layer.balance, before)
+    hooks.on_step_end()
     layer.train()
+    with torch.no_grad():
+        layer(x)
+    hooks.on_step_end()
+    graphs._run(layer, x.clone())  # what ``warmup`` does
+    hooks.on_step_end()
+    layer.router.requires_grad_(False)  # as while a model's statistics are collected
+    layer(x)
+    layer.router.requires_grad_(True)
+    hooks.on_step_end()
+    assert torch.equal(layer.balance, before)
     chosen = (x @ layer.router).sigmoid().topk(2, dim=-1).indices
     counts = torch.bincount(chosen.flatten(), minlength=4).float()
-    layer(x)
-    assert torch.equal(layer.balance, 0.5 * (counts.mean() - counts).sign())
+    layer(x[:20])
+    layer(x[20:])  # accumulated
+    assert torch.equal(layer.balance, before)
+    hooks.on_step_end()
+    moved = 0.5 * (counts.mean() - counts).sign()
+    assert torch.equal(layer.balance, moved)
+    hooks.on_step_end()
+    assert torch.equal(layer.balance, moved)
+
+
+def test_smora_balance_is_that_of_all_processes_and_moves_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = layer_of(SMoRA(active=2), 12, 9, 4, adapter_dtype=torch.bfloat16)
+    layer.to(torch.bfloat16)
+    others = torch.tensor([1000, 0, 0, 0])
+    with torch.no_grad():
+        layer.balance.fill_(0.01)
+    layer(torch.randn(50, 12, dtype=torch.bfloat16))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.add_(others))
+    svdkern.Hooks(nn.Sequential(layer)).on_step_end()
+    assert layer.balance.dtype == torch.float32
+    assert torch.allclose(layer.balance, 0.01 + 1e-5 * torch.tensor([-1.0, 1, 1, 1]), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("arguments", [{"active": 0}, {"partition": 0}, {"active": 3, "partition": 2}])
