@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -44,6 +44,13 @@ _HOOKS = (
 )
 
 
+@contextmanager
+def _training_tensors() -> Iterator[None]:
+    """Out of ``torch.inference_mode``, whose tensors could never train. It holds in one thread, and layers are made in several."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """How many layers are merged now, and the memory that their kept residuals take."""
@@ -52,6 +59,7 @@ class MergeReport:
     kept_bytes: int
 
 
+@_training_tensors()
 def adapt(
     model: nn.Module,
     method: str | Method = "pissa",
@@ -73,6 +81,8 @@ def adapt(
     An error or an interrupt leaves the model as it was, to the bit: all layers are checked, then all factors are
     computed (this is what takes time) and, as a rehearsal, all residuals; then all layers are put in place, and put
     back if anything fails. Signals that arrive from there on take effect at the end.
+
+    Called under ``torch.inference_mode``, it leaves that mode for its own time: the factors are to train.
 
     One moment is left for methods that change the residual (PiSSA, SORSA). This takes the memory of about one weight
     beyond the model and the factors, so the residuals of the rehearsal are not kept: each is computed again, and its

@@ -34,8 +34,8 @@ def layer_by_layer(
 ) -> list[Result]:
     """``[work(item) for item in items]``, the small ones in as many threads at once as PyTorch computes with.
 
-    The first error, in the order of items, is raised once those at work have ended; what has not begun does not begin.
-    ``progress`` wraps the sequence of calls that are waited for, small ones first.
+    The first error, of the small ones in their order, then of the large ones, is raised once those at work have ended; what has
+    not begun does not begin. ``progress`` wraps the sequence of calls that are waited for, in the same order.
     """
     threads = torch.get_num_threads()
     order = sorted(range(len(items)), key=lambda i: not small(items[i]))

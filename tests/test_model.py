@@ -212,6 +212,21 @@ def test_adapt_on_the_meta_device_gives_the_structure() -> None:
     assert all(p.is_meta for p in model.parameters())
 
 
+@pytest.mark.parametrize("method", ["pissa", "lora"])  # of which one is made in several threads
+def test_adapt_under_inference_mode(method: str) -> None:
+    model, expected = Net(), Net()
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        adapt(model, method, rank=4)
+        assert torch.is_inference_mode_enabled()
+    torch.manual_seed(1)
+    adapt(expected, method, rank=4)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+    model(IDS).square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     adapt(Net(), "pissa", rank=2, progress=None)
     assert capsys.readouterr().err == ""  # not a terminal
