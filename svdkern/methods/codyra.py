@@ -12,7 +12,8 @@ alpha out. ``compat="official"`` is the code's threshold, which shrinks by kappa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from svdkern import linalg
 from svdkern.methods.lora import kaiming
 from svdkern.methods.method import Card, Compat, Factors, Layer, Method, forget
+from svdkern.methods.random_numbers import fresh_draws, normal, uniform
 
 LEVELS = 50
 
@@ -57,6 +59,7 @@ class CoDyRA(Method):
     )
     published_rank: ClassVar[int] = 16
     trains: ClassVar[tuple[str, ...]] = ("u", "sigma", "v")
+    state: ClassVar[Mapping[str, torch.dtype]] = {"draws": torch.int64}
     draws: ClassVar[bool] = True
     has_sigma: ClassVar[bool] = True
     composes: ClassVar[bool] = True
@@ -72,12 +75,13 @@ class CoDyRA(Method):
 
     def shapes(self, in_features: int, out_features: int, rank: int) -> dict[str, tuple[int, ...]]:
         past = {"past_u": (in_features, -1), "past_sigma": (-1,), "past_v": (out_features, -1)}
-        return {**super().shapes(in_features, out_features, rank), **past}
+        return {**super().shapes(in_features, out_features, rank), **past, "draws": (2,)}
 
     def factors(self, weight: Tensor, rank: int, scale: float, dtype: torch.dtype) -> Factors:
         n, k = weight.shape
         past = {name: weight.new_empty(shape, dtype=dtype) for name, shape in
                 (("past_u", (k, 0)), ("past_sigma", (0,)), ("past_v", (n, 0)))}  # fmt: skip
+        past["draws"] = fresh_draws(weight.device)
         sigma = torch.randn(rank, device=weight.device).to(dtype)
         return Factors(kaiming(weight, rank, dtype), sigma, None, weight.new_zeros(n, rank, dtype=dtype), past)
 
@@ -122,7 +126,8 @@ class CoDyRA(Method):
                 ("past_v", layer.past_v, v[:, kept]),
             ):
                 setattr(layer, name, nn.Parameter(torch.cat([past, now], dim=-1), requires_grad=False))
-            u.copy_(kaiming(u.t(), u.shape[1], u.dtype))
-            sigma.copy_(torch.randn(sigma.shape, device=sigma.device))
+            layer.draws[1] += 1
+            u.copy_((2.0 * uniform(layer.draws, *u.shape) - 1.0) / math.sqrt(u.shape[0]))  # kaiming, as at the start
+            sigma.copy_(normal(layer.draws, 1, len(sigma), stream=1)[0])
             v.zero_()
             forget(optimizer, u, sigma, v)

@@ -2,7 +2,7 @@
 
     y = ((x U) * sigma * [1, g(c)]) V^T + b,  no W          g(c) in {0, 1}: tailor j is on where j G / T (rounded down) = c
     L learngenes and T tailors, L + T = r, from the r leading triplets of the weight          trains all: r (K + N + 1) numbers
-    afterwards (``on_round_end``): learngenes are frozen, and T fresh tailors train
+    afterwards (``on_round_end``, once): learngenes are frozen, and T fresh tailors train
 
 c is the group of the sample, the same for all of its positions::
 
@@ -11,14 +11,15 @@ c is the group of the sample, the same for all of its positions::
     loss.backward()
 
 With r = min(K, N) and one group a layer starts as the weight. The published numbers of learngenes and tailors, and how fresh
-tailors are drawn, are not verified: here their columns are random and of unit length, and their sigma is 0. What is computed
-again in the backward (activation checkpointing) needs the backward inside the ``with``.
+tailors are drawn, are not verified: here their columns are random (a function of the learngenes and of how often tailors were
+drawn, which ``stage`` counts) and of unit length, and their sigma is 0. ``renew_tailors`` draws others, for another task. What
+is computed again in the backward (activation checkpointing) needs the backward inside the ``with``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ import torch
 from torch import Tensor
 
 from svdkern import linalg
+from svdkern.fingerprint import sha256
 from svdkern.methods.method import Card, Factors, Layer, Method, forget
+from svdkern.methods.random_numbers import normal
 
 Stage = Literal["together", "tailors"]
 _TRIPLETS = ("u", "sigma", "v")
@@ -76,11 +79,12 @@ class KIND(Method):
         "((x U) * sigma * [1, g(class)]) V^T, no W",
         "r leading triplets of the weight; its output only if these are all (`rank=None`) and there is one group, else **not**",
         "r*(K + N + 1)",
-        hooks="at the end of the first stage: learngenes are frozen, tailors drawn anew",
+        hooks="at the end of the first stage: learngenes are frozen, tailors drawn anew (later ones: `kind.renew_tailors`)",
         differs="Not compared with the authors' code. Numbers of learngenes and "
         "tailors and the draw of fresh tailors are not verified.",
     )
     published_rank: ClassVar[int] = 1152
+    state: ClassVar[Mapping[str, torch.dtype]] = {"stage": torch.int64}
     has_sigma: ClassVar[bool] = True
     has_residual: ClassVar[bool] = False
     composes: ClassVar[bool] = True
@@ -112,9 +116,11 @@ class KIND(Method):
     def shapes(self, in_features: int, out_features: int, rank: int) -> dict[str, tuple[int, ...]]:
         tailors = int(self.tailor_share * rank)
         made = dict(super().shapes(in_features, out_features, rank - tailors))
-        return made | {
-            f"tailor_{name}": shape for name, shape in super().shapes(in_features, out_features, tailors).items()
-        }
+        return (
+            made
+            | {f"tailor_{name}": shape for name, shape in super().shapes(in_features, out_features, tailors).items()}
+            | {"stage": (1,)}
+        )
 
     def rank_of(self, layer: Layer) -> int:
         return layer.u.shape[1] + layer.tailor_u.shape[1]
@@ -128,7 +134,10 @@ class KIND(Method):
             s[:genes].clone(),
             None,
             v[:, :genes].contiguous(),
-            {name: factor.clone(memory_format=torch.contiguous_format) for name, factor in tailors.items()},
+            {
+                **{name: factor.clone(memory_format=torch.contiguous_format) for name, factor in tailors.items()},
+                "stage": torch.full((1,), int(self.stage == "tailors"), dtype=torch.int64, device=u.device),
+            },
         )
 
     def product(self, layer: Layer) -> Factors:
@@ -160,13 +169,39 @@ class KIND(Method):
         on = (owner == group.unsqueeze(1)).to(like.dtype)
         return torch.cat([on.new_ones(self.groups, genes), on], dim=1)
 
+    def settle(self, layer: Layer) -> None:
+        if layer.stage.is_meta or bool(layer.stage > 0) == (self.stage == "tailors"):
+            return
+        stage: Stage = "together" if self.stage == "tailors" else "tailors"
+        layer.config = dataclasses.replace(self, stage=stage)
+        for name in _TRIPLETS:
+            getattr(layer, name).requires_grad_(stage == "together")
+
     def on_round_end(self, layers: Sequence[Layer], optimizer: torch.optim.Optimizer | None) -> None:
-        for layer in layers:
-            layer.config = dataclasses.replace(self, stage="tailors")
-            for name in _TRIPLETS:
-                getattr(layer, name).requires_grad_(False)
-            for columns in (layer.tailor_u, layer.tailor_v):
-                drawn = torch.randn(columns.shape, device=columns.device)
-                columns.copy_(drawn / torch.linalg.vector_norm(drawn, dim=0))
-            layer.tailor_sigma.zero_()
-            forget(optimizer, *(getattr(layer, name) for name in _TRIPLETS + _TAILORS))
+        if self.stage == "together":  # once: what has been trained since is not to be lost
+            renew_tailors(layers, optimizer)
+
+
+@torch.no_grad()
+def renew_tailors(layers: Iterable[Layer], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Freeze the learngenes of KIND's layers, and draw tailors anew, with sigma = 0: what was trained in the old ones is lost.
+
+    Args:
+        layers: the model's (``svdkern.model.adapted_layers``); those of other methods are left alone.
+        optimizer: is to forget them.
+    """
+    for layer in layers:
+        if not isinstance(layer.config, KIND):
+            continue
+        layer.stage.add_(1)
+        layer.config.settle(layer)
+        seed = int.from_bytes(sha256(layer.u)[:8], "little", signed=True)
+        draws = torch.cat([torch.full_like(layer.stage, seed), layer.stage])
+        for stream, columns in enumerate((layer.tailor_u, layer.tailor_v)):
+            drawn = normal(draws, columns.shape[0], columns.shape[1], stream)
+            columns.copy_(drawn / torch.linalg.vector_norm(drawn, dim=0))
+        layer.tailor_sigma.zero_()
+        tensors = [getattr(layer, name) for name in _TRIPLETS + _TAILORS]
+        for tensor in tensors:
+            tensor.grad = None
+        forget(optimizer, *tensors)

@@ -26,6 +26,7 @@ from svdkern import linalg
 from svdkern.autograd import ColumnsFunction
 from svdkern.backends.dispatch import choose_path
 from svdkern.methods.method import Card, Factors, Layer, Method, forget
+from svdkern.methods.random_numbers import choose, fresh_draws
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class SST(Method):
     draws: ClassVar[bool] = True
     has_residual: ClassVar[bool] = False
     composes: ClassVar[bool] = True
-    state: ClassVar[Mapping[str, torch.dtype]] = {"active": torch.int64}
+    state: ClassVar[Mapping[str, torch.dtype]] = {"active": torch.int64, "draws": torch.int64}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +72,7 @@ class SST(Method):
         k = min(in_features, out_features)
         return {
             "u": (in_features, k), "sigma": (k,), "v": (out_features, k),
-            "u_active": (in_features, rank), "v_active": (out_features, rank), "active": (rank,),
+            "u_active": (in_features, rank), "v_active": (out_features, rank), "active": (rank,), "draws": (2,),
         }  # fmt: skip
 
     def rank_of(self, layer: Layer) -> int:
@@ -79,15 +80,17 @@ class SST(Method):
 
     def factors(self, weight: Tensor, rank: int, scale: float, dtype: torch.dtype) -> Factors:
         u, s, v = (factor.to(dtype) for factor in linalg.factors(weight.detach(), min(weight.shape)))
-        active = self._draw(s, rank)
-        extra = {"u_active": u[:, active].clone(), "v_active": v[:, active].clone(), "active": active}
+        draws = fresh_draws(weight.device)
+        active = self._draw(draws, s, rank)
+        extra = {"u_active": u[:, active].clone(), "v_active": v[:, active].clone(), "active": active, "draws": draws}
         return Factors(u, s, None, v, extra)
 
     @staticmethod
-    def _draw(sigma: Tensor, count: int) -> Tensor:
+    def _draw(draws: Tensor, sigma: Tensor, count: int) -> Tensor:
+        draws[1] += 1
         values = sigma.double()
         share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        return torch.multinomial((1.0 / len(values) + share) / 2, count, replacement=False).sort().values
+        return choose(draws, (1.0 / len(values) + share) / 2, count)
 
     def product(self, layer: Layer) -> Factors:
         u = layer.u.index_copy(1, layer.active, layer.u_active)
@@ -157,7 +160,7 @@ class SST(Method):
             sigma.copy_(s)
             layer.v.copy_(v)
             forget(optimizer, sigma)
-        layer.active.copy_(self._draw(sigma, layer.active.shape[0]))
+        layer.active.copy_(self._draw(layer.draws, sigma, layer.active.shape[0]))
         layer.u_active.copy_(layer.u[:, layer.active])
         layer.v_active.copy_(layer.v[:, layer.active])
         forget(optimizer, layer.u_active, layer.v_active)

@@ -11,7 +11,7 @@ from torch import nn
 
 import svdkern
 from svdkern.methods import KIND
-from svdkern.methods.kind import classes
+from svdkern.methods.kind import classes, renew_tailors
 
 SHAPES = [(12, 9), (9, 12), (10, 10)]
 
@@ -82,7 +82,10 @@ def test_the_second_stage_trains_fresh_tailors_alone_and_is_saved_as_such(tmp_pa
     train(model)
     optimizer = stepped(model)
     genes = [model.up.u.clone(), model.up.sigma.clone(), model.up.v.clone()]
-    svdkern.Hooks(model, optimizer).on_round_end()
+    hooks = svdkern.Hooks(model, optimizer)
+    model(**batch()).backward()
+    hooks.on_round_end()
+    assert all(p.grad is None for p in model.parameters())  # weight decay would move what has one
     assert {p for p in optimizer.state if p.requires_grad} <= {model.up.bias, model.down.bias}
     assert {name for name, p in model.up.named_parameters() if p.requires_grad} == {
         "tailor_u",
@@ -93,6 +96,9 @@ def test_the_second_stage_trains_fresh_tailors_alone_and_is_saved_as_such(tmp_pa
     assert torch.allclose(model.up.tailor_u.norm(dim=0), torch.ones(3), atol=1e-6)
     losses = train(model)
     assert losses[-1] < losses[0]
+    trained, first = model.up.tailor_sigma.clone(), model.up.tailor_u.clone()
+    hooks.on_round_end()  # as the loop of the documentation ends
+    assert torch.equal(model.up.tailor_sigma, trained) and trained.abs().min() > 0
     assert all(torch.equal(a, b) for a, b in zip(genes, (model.up.u, model.up.sigma, model.up.v), strict=True))
     svdkern.save_adapter(model, tmp_path / "a")
     fresh = net()
@@ -101,3 +107,15 @@ def test_the_second_stage_trains_fresh_tailors_alone_and_is_saved_as_such(tmp_pa
     x = batch()["x"]
     assert torch.equal(fresh(x), model(x))
     assert isinstance(fresh.up.bias, nn.Parameter)
+    loaded = adapted("kind", rank=6)
+    loaded.load_state_dict(model.state_dict())
+    assert loaded.up.config == model.up.config and [p.requires_grad for p in loaded.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+    loaded.load_state_dict(adapted("kind", rank=6).state_dict())  # and back
+    assert loaded.up.config.stage == "together" and all(
+        p.requires_grad for n, p in loaded.named_parameters() if "bias" not in n
+    )
+    renew_tailors([model.up], optimizer)
+    assert model.up.tailor_sigma.abs().max() == 0 and not torch.allclose(model.up.tailor_u, first, atol=0.5)
+    assert model.down.tailor_sigma.abs().max() > 0
