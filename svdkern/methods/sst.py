@@ -9,8 +9,8 @@
 
 The columns that train are parameters of their own, so that gradients and optimizer states have their size; a call writes them
 into U and V, and its backward makes their gradients alone. While sigma_i is
-exactly 0 its columns stand still (the paper's gradient is a limit there). Use no weight decay on them. The lengths of interval
-and round are not verified.
+0 (or denormal in float32) its columns stand still (the paper's gradient is a limit there). Use no weight decay on them. The
+lengths of interval and round are not verified.
 """
 
 from __future__ import annotations
@@ -128,11 +128,12 @@ class SST(Method):
     def on_backward_end(self, layers: Sequence[Layer], step: int) -> None:
         for layer in layers:
             assert layer.sigma is not None
-            sigma = layer.sigma[layer.active]
-            inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
+            wide = torch.promote_types(layer.sigma.dtype, torch.float32)  # 1 / sigma overflows float16 below 1.5e-5
+            sigma = layer.sigma[layer.active].to(wide)
+            inverse = torch.where(sigma >= torch.finfo(wide).tiny, 1 / sigma, 0.0)
             for grad in (layer.u_active.grad, layer.v_active.grad):
                 if grad is not None:
-                    grad.mul_(inverse)
+                    grad.copy_(grad.to(wide) * inverse)
 
     def on_step_end(self, layers: Sequence[Layer], step: int, optimizer: torch.optim.Optimizer | None) -> None:
         for layer in layers:

@@ -137,6 +137,20 @@ def test_sst_elsewhere_differentiates_the_whole_factors(how: str) -> None:
     assert torch.allclose(torch.func.grad(loss)(layer.u_active), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "small"), [(torch.float16, 1e-5), (torch.float32, 1e-39), (torch.float32, 0.0)])
+def test_sst_gradients_are_finite_for_every_sigma(dtype: torch.dtype, small: float) -> None:
+    layer, _ = layer_of("sst", 12, 9, 3, adapter_dtype=dtype)
+    with torch.no_grad():
+        layer.sigma[layer.active[0]] = small
+        layer.sigma[layer.active[1]] = 0.5
+    layer(torch.randn(6, 12)).backward(10 * torch.randn(6, 9))
+    plain = layer.u_active.grad.clone()
+    layer.config.on_backward_end([layer], 0)
+    assert layer.u_active.grad.isfinite().all() and layer.v_active.grad.isfinite().all()
+    assert (layer.u_active.grad[:, 0].abs().max() > 0) == (small == 1e-5)
+    assert torch.equal(layer.u_active.grad[:, 1], plain[:, 1] * 2)
+
+
 def test_sst_step_draws_and_decomposes() -> None:
     model = net()
     torch.manual_seed(0)
