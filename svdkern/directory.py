@@ -56,9 +56,11 @@ def replace_directory(path: Path, build: Callable[[Path], None], own_files: Iter
         _swap(folder, path, own_files)
         flush(path.parent)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # what was at path before, or an unfinished build
-        if lock is not None:
-            os.close(lock)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # what was at path before, or an unfinished build
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def check_replaceable(path: Path, own_files: Iterable[str]) -> None:

@@ -99,10 +99,14 @@ def test_the_residual_model_is_taken_up_again(tmp_path: Path, monkeypatch: pytes
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "out2", "res", "res2"]
 
 
-def test_ctrl_c_at_any_step_and_the_same_command_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("killed", [False, True], ids=["ctrl-c", "killed"])
+def test_ended_at_any_step_and_the_same_command_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], killed: bool
 ) -> None:
-    """Before and after everything that changes a name, until a run is no longer hit. What is said of OUT is what is there."""
+    """Before and after everything that changes a name, until a run is no longer hit. What is said of OUT is what is there.
+
+    As killed, a run cleans up nothing: whatever else would change a name fails, too.
+    """
     folder = saved(tmp_path / "model", Net(blocks=1))
     layer, said = ["k_proj"], set()
     init_adapter(folder, tmp_path / "old", "pissa", 2, layer)
@@ -116,7 +120,7 @@ def test_ctrl_c_at_any_step_and_the_same_command_again(
         with monkeypatch.context() as patch:
             calls = iter(range(10_000))
             for name in ("rename", "unlink", "rmdir"):
-                patch.setattr(os, name, _interrupted(getattr(os, name), calls, step))
+                patch.setattr(os, name, _ending(getattr(os, name), calls, range(step, 10_000 if killed else step + 1)))
             status = cli.main(command)
         message = capsys.readouterr().err
         if status == 0:
@@ -138,12 +142,12 @@ def test_ctrl_c_at_any_step_and_the_same_command_again(
     }
 
 
-def _interrupted(real: Callable[..., None], calls: Iterator[int], step: int) -> Callable[..., None]:
+def _ending(real: Callable[..., None], calls: Iterator[int], at: range) -> Callable[..., None]:
     def call(*arguments: Any, **named: Any) -> None:
-        if next(calls) == step:
+        if next(calls) in at:
             raise KeyboardInterrupt
         real(*arguments, **named)
-        if next(calls) == step:
+        if next(calls) in at:
             raise KeyboardInterrupt
 
     return call
