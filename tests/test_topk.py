@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdkern.backends import extension
-from svdkern.linalg import factors, topk_svd
+from svdkern.linalg import factors, krylov, topk_svd
 from svdkern.linalg.krylov import leading
 from svdkern.linalg.operand import Operand
+from svdkern.linalg.topk import Preset
 
 
 @pytest.mark.parametrize("method", ["krylov", "exact"])
@@ -228,6 +229,30 @@ def test_more_equal_values_than_a_block_has_columns(capacity: int, dtype: torch.
     assert "another random block" in found.fallbacks
     equal = topk_svd(with_spectrum(400, 380, torch.ones(380).double()), 70, method="krylov")
     assert equal.info.converged and (equal.S - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("spread", [0.0, 2e-4, 1e-3, 3e-3, 1e-2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("second", [0.97, 0.9])
+def test_more_nearly_equal_values_than_a_block_has_columns(second: float, dtype: torch.dtype, spread: float) -> None:
+    """Values closer to each other than the residuals that are accepted are one value to a Krylov space, and what follows
+    them, a second cluster here, has small residuals, too."""
+    i = indices(210)
+    sigma = torch.where(i <= 20, 1 + spread * (10 - i) / 20, torch.where(i <= 70, second, second / 3)).double()
+    operand = Operand(with_spectrum(240, 210, sigma).to(dtype), "A")
+    found = leading(operand, 25, block=16, capacity=210, tol=1e-4, max_passes=200, seed=0)
+    assert found.converged
+    assert (found.sigma * 2.0**operand.power - sigma[:25]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tol", ["fast", 1e-4])
+def test_ordinary_spectra_are_not_searched_for_what_was_missed(
+    tol: float | Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(krylov, "missed_directions", lambda *_: pytest.fail("searched"))
+    for a in (torch.randn(1100, 700, generator=seeded(3)), with_spectrum(720, 700, indices(700) ** -0.5).float()):
+        found = topk_svd(a, 80, method="krylov", tol=tol)
+        assert found.info.converged and found.info.block == 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

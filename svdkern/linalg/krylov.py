@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from svdkern.linalg.certificate import DELTA, Certificate, bound_of_the_rest, certificate, probe
+from svdkern.linalg.missed import missed_directions, suspicion
 from svdkern.linalg.operand import ROUGH, ROUGH_COLUMNS, Operator
 from svdkern.linalg.orthogonal import new_directions, project_out
 from svdkern.linalg.sketch import sketch
 from svdkern.linalg.space import Ritz, Space
 
 _ROUGH_TOL = 1e-5  # below it every step is made in the working precision
-_EQUAL = 1e-4  # relative spread of a run of values that may stand for one value of higher multiplicity than was seen
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,6 @@ def leading(
     q = _first_block(operator, min(block, operator.columns), random, start)
     schedule, steps, restarts = _Schedule(), 0, 0
     rough = began_rough = operator.has_rough and tol >= _ROUGH_TOL and min(block, operator.columns) >= ROUGH_COLUMNS
-    suspected: Tensor | None = None  # the values at which more of a multiple one were looked for
-    patience = 0
     while True:
         image, rest = operator.both(q, rough)
         longest = float(torch.linalg.vector_norm(rest, dim=0).max())
@@ -128,7 +126,7 @@ def leading(
         noise = operator.noise(largest) * largest + 4 * torch.finfo(operator.dtype).eps * longest
         following, _, fallback = new_directions(space.basis, rest, noise, random.take)
         random.note(fallback)
-        last, wider = q.shape[1], 0
+        last, more = q.shape[1], None
         exhausted = following.shape[1] == 0
         spent = operator.passes + 4 > max_passes and space.width >= k  # a step and the triplets
         enough = space.width > k
@@ -146,29 +144,28 @@ def leading(
                     found = space.triplets(k, (values, vectors))
                     converged = _accepts(operator, found, tol, exhausted)
                 rough = rough and not space.keeps_images
-                multiple = block < k and not exhausted and _has_run(found.sigma, block, suspected)
-                if exhausted or spent or (converged and not multiple):
-                    accepted = converged and not multiple
+                doubt = suspicion(found, block, tol) if converged and not exhausted else None
+                if doubt is not None and not spent:
+                    most = min(steps, (max_passes - operator.passes) // 2)
+                    more = missed_directions(operator, found.right, *doubt, most, random.take)
+                    # All of ``following`` goes on: without a part of it the residuals that lie there would stay.
+                    more = None if more is None else more[:, : space.capacity - k - following.shape[1]]
+                if exhausted or spent or (converged and more is None):
+                    accepted = converged and not (spent and doubt)
                     certified = _certify(operator, found, steps, seed) if certify else None
                     return Leading(
                         found.left, found.sigma, found.right, found.residuals, found.next_value, accepted,
                         steps, restarts, operator.passes, tuple(random.fallbacks), certified, began_rough,
                     )  # fmt: skip
                 schedule.due = steps + 1
-                if converged:
-                    # New directions show a value that was missed after as many steps as the first ones took; until then
-                    # they may look like smaller ones.
-                    patience = patience or steps
-                    suspected, wider, schedule.due = found.sigma, block, steps + patience
-                    following = following[:, :block]
             else:
                 schedule.note(steps, excess)
-        wanted = min(following.shape[1] + wider, operator.columns - space.width)
+        wanted = min(following.shape[1] + (0 if more is None else more.shape[1]), operator.columns - space.width)
         if space.width + wanted > space.capacity:
             # A quarter more than k: the values next to the wanted ones are what convergence depends on.
             space.restart(min(k + max(block // 2, k // 4), space.capacity - wanted))
             restarts += 1
-        q = _wider(operator, space, following, wanted, random) if wanted > following.shape[1] else following
+        q = following if more is None else _wider(space, following, more[:, : wanted - following.shape[1]], random)
 
 
 def _first_block(operator: Operator, block: int, random: _Random, start: Tensor | None) -> Tensor:
@@ -188,15 +185,12 @@ def _first_block(operator: Operator, block: int, random: _Random, start: Tensor 
     return q
 
 
-def _wider(operator: Operator, space: Space, following: Tensor, width: int, random: _Random) -> Tensor:
-    """``following`` and new random directions after one step, ``width`` columns orthogonal to the basis."""
+def _wider(space: Space, following: Tensor, more: Tensor, random: _Random) -> Tensor:
+    """``following`` and what ``more`` adds to it and to the basis."""
     known = torch.cat([space.basis, following], dim=1)
-    _, x = operator.both(random.take(width - following.shape[1]))
-    project_out(known, x)
-    length = float(torch.linalg.vector_norm(x, dim=0).max())
+    project_out(known, more)
     random.note("another random block")
-    more = new_directions(known, x, torch.finfo(x.dtype).eps * length, random.take)[0]
-    return torch.cat([following, more], dim=1)
+    return torch.cat([following, new_directions(known, more, 0.0, random.take)[0]], dim=1)
 
 
 def _excess(operator: Operator, squares: Tensor, links: Tensor, k: int, tol: float) -> float:
@@ -230,11 +224,3 @@ def _certify(operator: Operator, found: Ritz, steps: int, seed: int) -> Certific
     first = (products[0], products[1]) if products else None
     rest = bound_of_the_rest(operator, found.right, omega, first, 1 + steps // 12, DELTA)
     return certificate(found.sigma, found.coupling, rest, operator.noise(float(found.sigma[0])), DELTA)
-
-
-def _has_run(sigma: Tensor, block: int, suspected: Tensor | None) -> bool:
-    """Whether ``block`` values in a row are equal: a block finds no more copies of a value than it has columns."""
-    first, last = sigma[: 1 - block], sigma[block - 1 :]
-    if not bool(((first - last <= _EQUAL * first) & (last > 0)).any()):
-        return False
-    return suspected is None or bool((sigma - suspected > _EQUAL * suspected).any())
