@@ -292,9 +292,14 @@ def regularization(model: nn.Module) -> Tensor:
 
     SORSA: ``(gamma / learning_rate) * mean of ||F^T F - I||_F`` over all factors u and v. KaSA and SALT have one, too
     (docs/methods.md); methods without a penalty give 0.
+
+    Raises:
+        RuntimeError: a layer whose method has one is merged: its factors do not take part in the model's output.
     """
     groups: dict[Method, list[SVDLinear]] = {}
-    for _, layer in adapted_layers(model):
+    for name, layer in adapted_layers(model):
+        if layer.merged and layer.config.has_penalty:
+            raise RuntimeError(f"{name or 'the layer'} is merged: unmerge the model to train it")
         groups.setdefault(layer.config, []).append(layer)
     penalties = [penalty for config, layers in groups.items() if (penalty := config.penalty(layers)) is not None]
     if not penalties:

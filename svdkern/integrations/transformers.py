@@ -43,5 +43,6 @@ class MethodCallback(TrainerCallback):
             penalty.backward()
         self.hooks.on_backward_end()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hooks.on_step_end()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if not getattr(optimizer, "step_was_skipped", False):  # by a GradScaler: accelerate's optimizer knows
+            self.hooks.on_step_end()

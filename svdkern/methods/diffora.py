@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,6 +48,7 @@ class DiffoRA(LoRA):
         "the weight sharing between unselected layers is not here.",
     )
     trains: ClassVar[tuple[str, ...]] = ("u", "v", "gamma")
+    state: ClassVar[Mapping[str, torch.dtype]] = {"decided": torch.float32}
     composes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class DiffoRA(LoRA):
         return {**super().shapes(in_features, out_features, rank), "gamma": (1,), "decided": (1,)}
 
     def factors(self, weight: Tensor, rank: int, scale: float, dtype: torch.dtype) -> Factors:
-        extra = {"gamma": weight.new_ones(1, dtype=dtype), "decided": weight.new_zeros(1, dtype=dtype)}
+        extra = {"gamma": weight.new_ones(1, dtype=dtype), "decided": weight.new_zeros(1, dtype=torch.float32)}
         return super().factors(weight, rank, scale, dtype)._replace(extra=extra)
 
     def product(self, layer: Layer) -> Factors:

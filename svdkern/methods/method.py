@@ -268,6 +268,11 @@ class Method:
 
     # --------------------------------------------------------------------------------------------- the training
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether there may be one."""
+        return type(self).penalty is not Method.penalty
+
     def penalty(self, layers: Sequence[Layer]) -> Tensor | None:
         """The term this method adds to the loss for its layers (a scalar), or None."""
         return None
@@ -276,7 +281,12 @@ class Method:
         """After the backward and any clipping, before the optimizer's step: changes gradients in place."""
 
     def on_step_end(self, layers: Sequence[Layer], step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """After the optimizer's step (``step`` counts from 1): changes parameters in place."""
+        """After the optimizer's step (``step`` counts from 1, anew after a round): changes parameters in place."""
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether ``on_round_end`` does something, so that steps are counted from there."""
+        return type(self).on_round_end is not Method.on_round_end
 
     def on_round_end(self, layers: Sequence[Layer], optimizer: torch.optim.Optimizer | None) -> None:
         """After a round of the method (a federated round, a task): changes parameters in place."""

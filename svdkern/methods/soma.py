@@ -4,8 +4,8 @@
     weight decay at step t of T:  low + (high - low) (1 + cos(pi t / T)) / 2
 
 The authors anneal the decay of every group of the optimizer, so that groups without any rise to ``low``; here groups of
-weight decay 0 stay there. They also train the biases of the adapted layers, and freeze the first blocks of the network:
-``target_modules`` chooses blocks, biases stay frozen here.
+weight decay 0 and groups without a factor of SoMA stay as they are. They also train the biases of the adapted layers, and
+freeze the first blocks of the network: ``target_modules`` chooses blocks, biases stay frozen here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SoMA(MiLoRA):
         "r*(K + N)",
         hooks="after a step: the optimizer's weight decay follows a cosine",
         differs="The code's default start `sora_niter_4` gives *leading* triplets. Groups of the optimizer without weight decay "
-        "keep none. Biases are not trained.",
+        "keep none, those without factors keep theirs. Biases are not trained.",
     )
     published_rank: ClassVar[int] = 16
 
@@ -58,6 +58,7 @@ class SoMA(MiLoRA):
     def on_step_end(self, layers: Sequence[Layer], step: int, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is None or not self.total_steps:
             return
+        factors = {id(factor) for layer in layers for factor in (layer.u, layer.v)}
         for group in optimizer.param_groups:
-            if group.get("weight_decay"):
+            if group.get("weight_decay") and any(id(parameter) in factors for parameter in group["params"]):
                 group["weight_decay"] = self.decay(step)

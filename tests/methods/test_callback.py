@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,15 @@ def test_a_trainer_with_the_callback_is_the_hand_written_loop(config: Method, tm
     for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5), name
     assert given.param_groups[0]["weight_decay"] == pytest.approx(optimizer.param_groups[0]["weight_decay"])
+
+
+def test_a_step_that_accelerate_skipped_is_not_counted() -> None:
+    from svdkern.integrations.transformers import MethodCallback
+
+    callback = MethodCallback(Model(KaSA()))
+    for skipped in (False, True):
+        callback.on_optimizer_step(None, None, None, optimizer=SimpleNamespace(step_was_skipped=skipped))
+    assert callback.hooks.step == 1
 
 
 def test_a_penalty_in_the_loss_is_not_added_twice() -> None:

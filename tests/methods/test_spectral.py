@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from recipes import adapted, batch, dense, layer_of, net, train
+from recipes import ALL, adapted, batch, dense, layer_of, net, train
 from torch import Tensor, nn
 
 import svdkern
 from svdkern.linalg import orth_penalties, orth_penalty
-from svdkern.methods import KaSA, LoRAXS, SoMA
+from svdkern.methods import SST, CoDyRA, KaSA, LoRAXS, SoMA
 from svdkern.methods.svfit import rank_holding
 
 SHAPES = [(12, 9), (9, 12), (10, 10)]
@@ -206,7 +206,11 @@ def test_minor_triplets_of_a_singular_weight() -> None:
 def test_soma_anneals_the_weight_decay_of_groups_that_have_one() -> None:
     model = adapted(SoMA(weight_decay=0.05, final_weight_decay=1e-5, total_steps=4))
     optimizer = torch.optim.AdamW(
-        [{"params": [model.up.u], "weight_decay": 0.05}, {"params": [model.up.v], "weight_decay": 0.0}]
+        [
+            {"params": [model.up.u], "weight_decay": 0.05},
+            {"params": [model.up.v], "weight_decay": 0.0},
+            {"params": [nn.Parameter(torch.ones(2))], "weight_decay": 0.3},
+        ]
     )
     hooks = svdkern.Hooks(model, optimizer)
     seen = []
@@ -215,12 +219,71 @@ def test_soma_anneals_the_weight_decay_of_groups_that_have_one() -> None:
         seen.append(optimizer.param_groups[0]["weight_decay"])
     cosine = [1e-5 + (0.05 - 1e-5) * (1 + math.cos(math.pi * t / 4)) / 2 for t in (1, 2, 3, 4, 4, 4)]
     assert seen == pytest.approx(cosine) and optimizer.param_groups[1]["weight_decay"] == 0.0
+    assert optimizer.param_groups[2]["weight_decay"] == 0.3
     again = svdkern.Hooks(model, optimizer)
-    again.load_state_dict({"step": 1})
+    again.load_state_dict({"step": 1, "earlier": 0})
     again.on_step_end()
     assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(cosine[1])
+    again.on_round_end()  # of another method
+    hooks.load_state_dict(again.state_dict())
+    hooks.on_step_end()
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(cosine[2])
 
 
 def test_hooks_need_an_adapted_model() -> None:
     with pytest.raises(ValueError, match="Net has no adapted layer"):
         svdkern.Hooks(net())
+
+
+@pytest.mark.parametrize("method", ["kasa", "codyra"])
+def test_hooks_and_penalty_refuse_a_merged_layer_by_name(method: str) -> None:
+    model = adapted(method)
+    hooks = svdkern.Hooks(model)
+    model.down.merge()
+    for call in (hooks.on_backward_end, hooks.on_step_end, hooks.on_round_end, lambda: svdkern.Hooks(model)):
+        with pytest.raises(RuntimeError, match="down is merged: unmerge the model"):
+            call()
+    assert hooks.step == 0
+    if method == "kasa":
+        with pytest.raises(RuntimeError, match="down is merged: unmerge the model"):
+            svdkern.regularization(model)
+    model.down.unmerge()
+    hooks.on_step_end()
+    assert hooks.step == 1
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_hooks_leave_a_frozen_layer_alone(method: str) -> None:
+    config = (
+        SST(interval=1) if method == "sst" else CoDyRA(kappa=9.0, dense_share=0.0) if method == "codyra" else method
+    )
+    model = adapted(config)
+    train(model, 1)
+    model.up.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.up.state_dict().items()}
+    hooks = svdkern.Hooks(model)
+    model(**batch()).backward()
+    hooks.on_backward_end()
+    for _ in range(2 if method == "sst" else 60):
+        hooks.on_step_end()
+    hooks.on_round_end()
+    for name, tensor in model.up.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_step_that_was_skipped_is_not_counted() -> None:
+    """A GradScaler that finds an infinity leaves the parameters as they are."""
+    model = adapted(SoMA(total_steps=4))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    scaler, hooks = torch.amp.GradScaler("cpu", init_scale=2.0), svdkern.Hooks(model, optimizer)
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(**batch()) * factor).backward()
+        scaler.unscale_(optimizer)
+        hooks.on_backward_end()
+        scaler.step(optimizer)
+        scale = scaler.get_scale()
+        scaler.update()
+        if scaler.get_scale() >= scale:  # as the documentation says
+            hooks.on_step_end()
+    assert hooks.step == 2

@@ -11,7 +11,7 @@ import torch
 from recipes import ALL, adapted, batch, net, train
 
 import svdkern
-from svdkern.methods import RandLoRA
+from svdkern.methods import SST, RandLoRA
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -74,6 +74,20 @@ def test_svfit_refuses_to_save_what_its_own_factors_no_longer_rebuild(tmp_path: 
     alone.load_state_dict({name: 1.5 * alone.state_dict()[name] for name in ("up.u", "up.v")}, strict=False)
     with pytest.raises(ValueError, match="up: u0, sigma0 and v0 are not what was cut out"):
         svdkern.save_adapter(alone, tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_what_a_layer_remembers_is_no_parameter(method: str) -> None:
+    """Or an average of parameters (EMA) would average indices, and an optimizer over all of them would step them."""
+    model = adapted(SST(interval=1) if method == "sst" else method)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(3):
+        train(model, 1)
+        average.update_parameters(model)
+    assert all(p.is_floating_point() for p in model.parameters())
+    for layer in (model.up, average.module.up):
+        for name, dtype in layer.config.state.items():
+            assert name in dict(layer.named_buffers()) and getattr(layer.bfloat16(), name).dtype == dtype
 
 
 def test_randlora_refuses_a_state_of_other_bases(tmp_path: Path) -> None:
