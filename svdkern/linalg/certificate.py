@@ -123,9 +123,9 @@ def _without(right: Tensor, x: Tensor) -> Tensor:
 def _chi2_quantile(freedom: int, probability: float) -> float:
     """x with ``P[chi^2 < x] = probability``, by bisection of the regularised incomplete gamma function."""
     low, high = 0.0, float(freedom)
-    half = torch.tensor(freedom / 2, dtype=torch.float64)
+    half = torch.tensor(freedom / 2, dtype=torch.float64, device="cpu")
     for _ in range(100):
         middle = (low + high) / 2
-        below = float(torch.special.gammainc(half, torch.tensor(middle / 2, dtype=torch.float64)))
+        below = float(torch.special.gammainc(half, half.new_tensor(middle / 2)))
         low, high = (middle, high) if below < probability else (low, middle)
     return low

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,19 +11,41 @@ import torch
 
 from svdkern.autocast import without_autocast
 
+_lock = threading.Lock()
+_inside = 0  # threads' calls that want it at this moment
+_changed: list[tuple[Any, str]] = []
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """The settings are the process's; they are put back at the end."""
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
-    before = [setting.fp32_precision for setting in settings]
+    """The settings are the process's; the last of the calls that overlap puts them back."""
+    _enter()
     try:
-        for setting, value in zip(settings, before, strict=True):
-            if value not in ("none", "ieee"):
-                setting.fp32_precision = "ieee"
         with without_autocast(device):
             yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            if setting.fp32_precision != value:
-                setting.fp32_precision = value
+        _leave()
+
+
+def _enter() -> None:
+    global _inside
+    with _lock:
+        if _inside == 0:
+            for setting in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")):  # noqa: B009
+                value = setting.fp32_precision
+                if value in ("none", "ieee"):
+                    continue
+                # What is read may be the setting's own or that of the one above it, which it goes on following if "none".
+                setting.fp32_precision = "none"
+                _changed.append((setting, "none" if setting.fp32_precision == value else value))
+                setting.fp32_precision = "ieee"
+        _inside += 1
+
+
+def _leave() -> None:
+    global _inside
+    with _lock:
+        _inside -= 1
+        while _inside == 0 and _changed:
+            setting, value = _changed.pop()
+            setting.fp32_precision = value

@@ -44,7 +44,7 @@ class Space:
         self._basis = torch.empty(operator.columns, capacity, dtype=operator.dtype, device=operator.device)
         self._images: Tensor | None = None
         # From the Gram-Schmidt coefficients.
-        self._projected = torch.zeros(0, 0, dtype=torch.float64)
+        self._projected = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self.capacity = capacity
         self.width = 0
 
@@ -75,7 +75,7 @@ class Space:
             self._images[:, old:new] = image
         self.width = new
         column = project_out(self.basis, gram_image).to("cpu", torch.float64)
-        projected = torch.zeros(new, new, dtype=torch.float64)
+        projected = torch.zeros(new, new, dtype=torch.float64, device="cpu")
         projected[:old, :old] = self._projected
         projected[:, old:] = column
         projected[old:, :old] = column[:old].t()
