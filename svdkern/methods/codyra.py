@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdkern import linalg
 from svdkern.methods.lora import kaiming
 from svdkern.methods.method import Card, Compat, Factors, Layer, Method, forget
+from svdkern.methods.past import into_past, with_past
 from svdkern.methods.random_numbers import fresh_draws, normal, uniform
 
 LEVELS = 50
@@ -86,15 +87,7 @@ class CoDyRA(Method):
         return Factors(kaiming(weight, rank, dtype), sigma, None, weight.new_zeros(n, rank, dtype=dtype), past)
 
     def product(self, layer: Layer) -> Factors:
-        if not layer.past_sigma.numel():
-            return Factors(layer.u, layer.sigma, None, layer.v)
-        assert layer.sigma is not None
-        return Factors(
-            torch.cat([layer.past_u, layer.u], dim=1),
-            torch.cat([layer.past_sigma, layer.sigma]),
-            None,
-            torch.cat([layer.past_v, layer.v], dim=1),
-        )
+        return with_past(layer)
 
     def threshold(self, step: int) -> float:
         """kappa after ``step`` steps of a task; 0 while it is dense."""
@@ -120,12 +113,7 @@ class CoDyRA(Method):
             u, sigma, v = layer.u, layer.sigma, layer.v
             assert sigma is not None
             kept = sigma != 0
-            for name, past, now in (
-                ("past_u", layer.past_u, u[:, kept]),
-                ("past_sigma", layer.past_sigma, sigma[kept]),
-                ("past_v", layer.past_v, v[:, kept]),
-            ):
-                setattr(layer, name, nn.Parameter(torch.cat([past, now], dim=-1), requires_grad=False))
+            into_past(layer, u[:, kept], sigma[kept], v[:, kept])
             layer.draws[1] += 1
             u.copy_((2.0 * uniform(layer.draws, *u.shape) - 1.0) / math.sqrt(u.shape[0]))  # kaiming, as at the start
             sigma.copy_(normal(layer.draws, 1, len(sigma), stream=1)[0])

@@ -339,7 +339,8 @@ def test_osf_splits_the_spectrum(k: int, n: int, alpha: float | None) -> None:
     high = (p[:, :-4] * s[:-4]) @ qh[:-4]
     assert torch.allclose(layer.residual.double(), high, atol=1e-6)
     assert torch.allclose(dense(layer), weight.double(), atol=1e-6)
-    assert set(layer.adapter()) - {"u", "sigma", "v"} == ({"u_high"} if k > n else {"v_high"} if n > k else set())
+    others = {name for name in layer.adapter() if not name.startswith("past_")} - {"u", "sigma", "v"}
+    assert others == ({"u_high"} if k > n else {"v_high"} if n > k else set())
 
 
 @pytest.mark.parametrize(("k", "n"), SHAPES)
@@ -373,6 +374,62 @@ def test_osf_without_parameter_projection_leaks_under_adam() -> None:
         train(model, 5)
         leaks[project] = (qh[:-4] @ model.up.u.double()).abs().max().item()
     assert leaks[True] < 1e-5 < 1e-3 < leaks[False]
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_osf_task_end_protects_the_larger_triplets_of_the_present_weight(k: int, n: int, tmp_path: Path) -> None:
+    layer, weight = layer_of(OSF(grow=0.5), k, n, 6, alpha=12.0)
+    model, short = nn.Sequential(layer), min(k, n)
+    optimizer = torch.optim.AdamW([q for q in layer.parameters() if q.requires_grad], lr=1e-3, weight_decay=0.1)
+    hooks = svdkern.Hooks(model, optimizer)
+
+    def task(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        x, target = torch.randn(20, k, generator=generator), torch.randn(20, n, generator=generator)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), target).backward()
+            hooks.on_backward_end()
+            optimizer.step()
+            hooks.on_step_end()
+
+    kept = short - 6
+    for number, joined in enumerate((3, 4, 5)):  # half of 6, of 3, of 2: rounded down
+        task(number)
+        before = dense(layer)
+        hooks.on_round_end()
+        assert not optimizer.state and torch.allclose(dense(layer), before, atol=1e-6)
+        assert layer.past_sigma.shape == (joined,) and not layer.past_u.requires_grad and layer.u.requires_grad
+        p, s, qh = torch.linalg.svd(before)
+        large = kept + joined
+        past = 2.0 * (layer.past_v * layer.past_sigma).double() @ layer.past_u.double().t()
+        assert torch.allclose(layer.residual + past, (p[:, :large] * s[:large]) @ qh[:large], atol=1e-5)
+        task(number + 10)
+        change = dense(layer) - before
+        assert change.norm() > 1e-3
+        assert (p[:, :large].t() @ change).norm() < 1e-5 and (change @ qh[:large].t()).norm() < 1e-5
+        assert layer.sigma[6 - joined :].abs().max() == 0 == layer.u[:, 6 - joined :].abs().max()
+    x = torch.randn(5, k)
+    linear = nn.Linear(k, n)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(layer.bias)
+    fresh = nn.Sequential(linear)
+    svdkern.save_adapter(model, tmp_path / "a")
+    svdkern.load_adapter(fresh, tmp_path / "a")
+    again = nn.Sequential(layer_of(OSF(grow=0.5), k, n, 6, alpha=12.0)[0])
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), model(x)) and torch.equal(again(x), model(x))
+
+
+def test_osf_may_keep_its_large_triplets_as_they_are() -> None:
+    model = adapted(OSF(grow=0.0))
+    train(model, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    svdkern.Hooks(model).on_round_end()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="grow is 1.5"):
+        OSF(grow=1.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
