@@ -342,6 +342,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
   m.def(
       "_cuda_linear(Tensor a, Tensor? w, Tensor? z, Tensor? factor, int r, Tensor? bias, Tensor? rng_state, "
       "int threshold, Tensor(a!) out) -> ()");
+  m.def(
+      "_cuda_small_shrink(Tensor a, Tensor factor, Tensor? rng_state, int threshold, Tensor(a!) sums, "
+      "Tensor(b!)? control) -> ()");
+  m.def(
+      "_cuda_small_linear(Tensor a, Tensor? w, Tensor? sums, Tensor? factor, Tensor? sigma, Tensor? core, "
+      "Tensor? gate, bool gate_first, Tensor? scale, float scale_value, Tensor? bias, Tensor? rng_state, "
+      "int threshold, Tensor(a!)? h, Tensor(b!)? z, Tensor(c!) out, Tensor(d!)? partial, Tensor(e!)? counters) -> ()");
   m.def("_cuda_probe(Tensor on) -> str");
   m.def("_cuda_build() -> str");
   m.def("_cpu_isa() -> str");

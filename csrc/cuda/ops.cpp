@@ -62,6 +62,32 @@ struct Device {
     return s;
   }
 
+  svdkern::cuda::Epilogue epilogue(const MaybeTensor& sigma, const MaybeTensor& core, const MaybeTensor& gate,
+                                   bool gate_first, const MaybeTensor& scale, double scale_value, int64_t rows,
+                                   int64_t r) const {
+    svdkern::cuda::Epilogue by;
+    if (sigma.has_value()) {
+      const View v = look(*sigma, "sigma", 1, true);
+      expect(v.size[0], r, "the size of sigma", "r");
+      by.sigma = {v.data, v.size[0], v.stride[0], v.dtype};
+    }
+    if (core.has_value()) {
+      const View v = look(*core, "core", 2, true);
+      expect(v.size[0], r, "the number of rows of core", "r");
+      expect(v.size[1], r, "the number of columns of core", "r");
+      STD_TORCH_CHECK(r <= svdkern::cuda::tile_ranks, "a core of r = ", r, ", expected at most ",
+                      svdkern::cuda::tile_ranks);
+      by.core = as_matrix(v);
+    }
+    by.gate = static_cast<const float*>(dense(gate, "gate", {rows, r}, DType::f32));
+    by.gate_first = gate_first, by.scale.value = static_cast<float>(scale_value);
+    if (scale.has_value()) {
+      const View v = look(*scale, "scale", 0, true);
+      by.scale.data = v.data, by.scale.dtype = v.dtype;
+    }
+    return by;
+  }
+
   svdkern::cuda::Keep keep(const MaybeTensor& rng_state, int64_t threshold) const {
     STD_TORCH_CHECK(threshold >= 0 && threshold < 65536, "threshold is ", threshold, ", expected 0 to 65535");
     if (threshold == 0) return {};
@@ -153,25 +179,7 @@ void cuda_shrink(const Tensor& a, const Tensor& factor, int64_t r, const MaybeTe
                   "factor is not as pack makes it");
   p.a = left.data, p.a_stride = left.stride[0], p.factor = right.data, p.factor_stride = right.stride[0];
   p.keep = device.keep(rng_state, threshold), p.keep_scale = static_cast<float>(factor_of(threshold));
-  if (sigma.has_value()) {
-    const View v = device.look(*sigma, "sigma", 1, true);
-    expect(v.size[0], r, "the size of sigma", "r");
-    p.by.sigma = {v.data, v.size[0], v.stride[0], v.dtype};
-  }
-  if (core.has_value()) {
-    const View v = device.look(*core, "core", 2, true);
-    expect(v.size[0], r, "the number of rows of core", "r");
-    expect(v.size[1], r, "the number of columns of core", "r");
-    STD_TORCH_CHECK(p.r <= svdkern::cuda::tile_ranks, "a core of r = ", r, ", expected at most ",
-                    svdkern::cuda::tile_ranks);
-    p.by.core = as_matrix(v);
-  }
-  p.by.gate = static_cast<const float*>(device.dense(gate, "gate", {left.size[0], r}, DType::f32));
-  p.by.gate_first = gate_first, p.by.scale.value = static_cast<float>(scale_value);
-  if (scale.has_value()) {
-    const View v = device.look(*scale, "scale", 0, true);
-    p.by.scale.data = v.data, p.by.scale.dtype = v.dtype;
-  }
+  p.by = device.epilogue(sigma, core, gate, gate_first, scale, scale_value, left.size[0], r);
   p.h = static_cast<float*>(device.dense(h, "h", {left.size[0], r}, DType::f32));
   p.z = device.dense(z, "z", {left.size[0], R}, p.dtype);
   p.splits = device.splits(partial, counters, p.rows, p.r);
@@ -197,6 +205,18 @@ void cuda_outer(const Tensor& a, const Tensor& q, int64_t r, const MaybeTensor& 
   check_launch(outer_launch(p, current_stream(a)), "outer");
 }
 
+// w, (depth, columns), one of its strides 1.
+template <class P>
+void take_weight(P& p, const Device& device, const Tensor& w) {
+  const View v = device.look(w, "w", 2);
+  expect(v.size[0], p.depth, "the number of rows of w", "the width of a");
+  expect(v.size[1], p.columns, "the number of columns of w", "the width of out");
+  expect_type(v.dtype, p.dtype, "w", "a");
+  const bool down = v.stride[0] == 1 || p.depth == 1, along = v.stride[1] == 1 || p.columns == 1;
+  STD_TORCH_CHECK(down || along, "one of w's strides must be 1");
+  p.w = v.data, p.w_trans = !down, p.w_stride = v.stride[down];
+}
+
 void cuda_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor& z, const MaybeTensor& factor, int64_t r,
                  const MaybeTensor& bias, const MaybeTensor& rng_state, int64_t threshold, const Tensor& out) {
   const Device device{a};
@@ -206,15 +226,7 @@ void cuda_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor& z, co
   p.columns = small(to.size[1], "the width of out"), p.dtype = left.dtype;
   STD_TORCH_CHECK(left.stride[1] == 1 || p.depth == 1, "the rows of a must be contiguous");
   p.a = left.data, p.a_stride = left.stride[0];
-  if (w.has_value()) {  // (depth, columns), one of its strides 1
-    const View v = device.look(*w, "w", 2);
-    expect(v.size[0], p.depth, "the number of rows of w", "the width of a");
-    expect(v.size[1], p.columns, "the number of columns of w", "the width of out");
-    expect_type(v.dtype, p.dtype, "w", "a");
-    const bool down = v.stride[0] == 1 || p.depth == 1, along = v.stride[1] == 1 || p.columns == 1;
-    STD_TORCH_CHECK(down || along, "one of w's strides must be 1");
-    p.w = v.data, p.w_trans = !down, p.w_stride = v.stride[down];
-  }
+  if (w.has_value()) take_weight(p, device, *w);
   STD_TORCH_CHECK(z.has_value() == factor.has_value(), "z and factor come together");
   if (z.has_value()) {
     p.r = small(r, "r");
@@ -231,6 +243,72 @@ void cuda_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor& z, co
   check_launch(linear_launch(p, current_stream(a)), "linear");
 }
 
+int few(int64_t rows) {
+  STD_TORCH_CHECK(rows > 0 && rows <= svdkern::cuda::small_rows, "a has ", rows, " rows, expected 1 to ",
+                  svdkern::cuda::small_rows);
+  return static_cast<int>(rows);
+}
+
+void cuda_small_shrink(const Tensor& a, const Tensor& factor, const MaybeTensor& rng_state, int64_t threshold,
+                       const Tensor& sums, const MaybeTensor& control) {
+  const Device device{a};
+  const View left = device.look(a, "a", 2), right = device.look(factor, "factor", 2, true);
+  svdkern::cuda::SmallShrinkParams p;
+  p.rows = few(left.size[0]), p.width = small(left.size[1], "the width of a"), p.dtype = left.dtype;
+  STD_TORCH_CHECK(left.stride[1] == 1 || p.width == 1, "the rows of a must be contiguous");
+  expect(right.size[0], p.width, "the number of rows of factor", "the width of a");
+  small(right.size[1], "r");
+  p.a = left.data, p.a_stride = left.stride[0], p.factor = as_matrix(right);
+  p.keep = device.keep(rng_state, threshold), p.keep_scale = static_cast<float>(factor_of(threshold));
+  p.slices = small(sums.size(0), "the number of slices");
+  p.sums = static_cast<float*>(device.dense(sums, "sums", {p.slices, p.rows, right.size[1]}, DType::f32));
+  if (control.has_value()) {
+    p.control = device.counters(control, "control", 1);
+    p.counters = small(control->numel(), "the size of control");
+  }
+  check_launch(small_shrink_launch(p, current_stream(a)), "small_shrink");
+}
+
+void cuda_small_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor& sums, const MaybeTensor& factor,
+                       const MaybeTensor& sigma, const MaybeTensor& core, const MaybeTensor& gate, bool gate_first,
+                       const MaybeTensor& scale, double scale_value, const MaybeTensor& bias,
+                       const MaybeTensor& rng_state, int64_t threshold, const MaybeTensor& h, const MaybeTensor& z,
+                       const Tensor& out, const MaybeTensor& partial, const MaybeTensor& counters) {
+  const Device device{a};
+  const View left = device.look(a, "a", 2), to = device.look(out, "out", 2);
+  svdkern::cuda::SmallLinearParams p;
+  p.rows = few(left.size[0]), p.depth = small(left.size[1], "the width of a");
+  p.columns = small(to.size[1], "the width of out"), p.dtype = left.dtype;
+  STD_TORCH_CHECK(left.stride[1] == 1 || p.depth == 1, "the rows of a must be contiguous");
+  p.a = left.data, p.a_stride = left.stride[0];
+  if (w.has_value()) take_weight(p, device, *w);
+  STD_TORCH_CHECK(sums.has_value() == factor.has_value(), "sums and factor come together");
+  if (sums.has_value()) {
+    const View f = device.look(*factor, "factor", 2, true);
+    expect(f.size[0], p.columns, "the number of rows of factor", "the width of out");
+    p.factor = as_matrix(f), p.r = small(f.size[1], "r"), p.slices = small(sums->size(0), "the number of slices");
+    p.sums = static_cast<const float*>(device.dense(sums, "sums", {p.slices, p.rows, p.r}, DType::f32));
+    p.by = device.epilogue(sigma, core, gate, gate_first, scale, scale_value, p.rows, p.r);
+    p.h = static_cast<float*>(device.dense(h, "h", {p.rows, p.r}, DType::f32));
+    p.z = device.dense(z, "z", {p.rows, svdkern::cuda::padded(p.r)}, p.dtype);
+  }
+  p.bias = device.dense(bias, "bias", {to.size[1]}, p.dtype);
+  p.keep = device.keep(rng_state, threshold), p.keep_scale = static_cast<float>(factor_of(threshold));
+  expect(to.size[0], p.rows, "the number of rows of out", "the rows of a");
+  expect_type(to.dtype, p.dtype, "out", "a");
+  STD_TORCH_CHECK(to.stride[1] == 1 || p.columns == 1, "the rows of out must be contiguous");
+  p.out = const_cast<void*>(to.data), p.out_stride = to.stride[0];
+  if (partial.has_value()) {
+    p.splits.splits = small(partial->size(0), "the number of splits");
+    p.splits.partial =
+        static_cast<float*>(device.dense(partial, "partial", {p.splits.splits, p.rows, p.columns}, DType::f32));
+    p.splits.counters = device.counters(counters, "counters", ceil_div(p.columns, svdkern::cuda::small_columns));
+  }
+  STD_TORCH_CHECK(p.splits.splits < 65536 && p.splits.splits >= w.has_value() + sums.has_value(), "partial is for ",
+                  p.splits.splits, " splits, expected one for w, one for the adapter, and less than 65536");
+  check_launch(small_linear_launch(p, current_stream(a)), "small_linear");
+}
+
 std::string cuda_probe(const Tensor& on) {
   (void)on;
   const cudaError_t error = svdkern::cuda::probe();
@@ -244,5 +322,7 @@ STABLE_TORCH_LIBRARY_IMPL(svdkern, SVDKERN_CUDA_KEY, m) {
   m.impl("_cuda_shrink", TORCH_BOX(&cuda_shrink));
   m.impl("_cuda_outer", TORCH_BOX(&cuda_outer));
   m.impl("_cuda_linear", TORCH_BOX(&cuda_linear));
+  m.impl("_cuda_small_shrink", TORCH_BOX(&cuda_small_shrink));
+  m.impl("_cuda_small_linear", TORCH_BOX(&cuda_small_linear));
   m.impl("_cuda_probe", TORCH_BOX(&cuda_probe));
 }

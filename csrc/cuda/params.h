@@ -109,15 +109,60 @@ struct LinearParams {
   int64_t out_stride = 0;
 };
 
+// Sums of h = (D*a) F for few rows, F as it is: (slices, rows, r) floats, each of a part of the width; small_linear
+// adds them up.
+struct SmallShrinkParams {
+  const void* a = nullptr;  // (rows, width), row-major
+  int64_t a_stride = 0;
+  int rows = 0, width = 0;
+  Matrix factor;  // (width, r), any strides and dtype
+  DType dtype = DType::f32;
+  Keep keep;
+  float keep_scale = 1.0f;
+  float* sums = nullptr;
+  int slices = 1;
+  int* control = nullptr;  // zeroed for the launches that follow, null for none
+  int counters = 0;
+};
+
+// out = a w + D*(z F^T) + bias for few rows, rounded once; w and sums, which z is made of, are optional.
+struct SmallLinearParams {
+  const void* a = nullptr;  // (rows, depth), row-major
+  int64_t a_stride = 0;
+  int rows = 0, depth = 0, columns = 0;
+  const void* w = nullptr;  // (columns, depth) row-major, or with w_trans (depth, columns)
+  int64_t w_stride = 0;
+  bool w_trans = false;
+  const float* sums = nullptr;  // (slices, rows, r), contiguous: h in parts
+  int slices = 0;
+  Matrix factor;  // (columns, r), any strides and dtype
+  int r = 0;
+  Epilogue by;
+  float* h = nullptr;  // (rows, r), and z (rows, R) in T, where they are wanted
+  void* z = nullptr;
+  const void* bias = nullptr;  // (columns,) in T
+  DType dtype = DType::f32;
+  Keep keep;
+  float keep_scale = 1.0f;
+  void* out = nullptr;  // (rows, columns) row-major in T
+  int64_t out_stride = 0;
+  Splits splits;  // of the depth, and with sums one more, the adapter's; partial: (splits, rows, columns)
+};
+
 // Whether this GPU and driver run the kernels: cudaErrorInsufficientDriver, cudaErrorNoKernelImageForDevice, ...
 cudaError_t probe();
 cudaError_t pack_launch(const PackParams&, cudaStream_t);
 cudaError_t shrink_launch(const ShrinkParams&, cudaStream_t);
 cudaError_t outer_launch(const OuterParams&, cudaStream_t);
 cudaError_t linear_launch(const LinearParams&, cudaStream_t);
+cudaError_t small_shrink_launch(const SmallShrinkParams&, cudaStream_t);
+cudaError_t small_linear_launch(const SmallLinearParams&, cudaStream_t);
 
 // Tiles of shrink's and outer's output: ceil(rows or width / tile_lines) * ceil(r / tile_ranks) counters of split sums.
 constexpr int tile_lines = 64, tile_ranks = 128;
+
+// What few rows are, and the columns of a tile of small_linear's output: one counter each where sums are split.
+constexpr int small_rows = 32, small_columns = 64;
 
 // From so many tiles of 128 x 128 on, linear takes them; fewer leave most processors idle, and it takes 64 x 64.
 constexpr int linear_wide_tiles = 64;

@@ -13,6 +13,11 @@ __device__ inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t row) {
                : "memory");
 }
 
+// Two of them: lanes 0 to 15 give the addresses.
+__device__ inline void ldmatrix_x2(uint32_t& d0, uint32_t& d1, uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(d0), "=r"(d1) : "r"(row) : "memory");
+}
+
 __device__ inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
