@@ -45,6 +45,10 @@ ADVERSE = {"dtype": [torch.bfloat16], "shape": [(70, 136, 24)], "r": [3], "form"
            "mode": ["late", "adversarial 1", "adversarial 3"]}  # fmt: skip
 FLOAT = {"dtype": [torch.float32], "shape": [(40, 72, 33)], "r": [3], "form": ["sigma", "core"], "factors": [None],
          "gate": ["table"], "bias": [True], "wanted": ["all"], "layout": ["plain"]}  # fmt: skip
+FEW = {  # two launches forward
+    "dtype": [torch.bfloat16, torch.float16, torch.float32], "shape": [(1, 328, 72), (9, 136, 33), (32, 40, 65)], "r": [1, 17],
+    "processors": [1, 30],
+}  # fmt: skip
 
 
 def check_layer(case: dict, record: Callable[[str, object], None] | None = None) -> None:
@@ -91,7 +95,12 @@ def check_layer(case: dict, record: Callable[[str, object], None] | None = None)
         with cuda_emulation(processors=case["processors"], **how) as ran:
             results.append(run(call, low, dy.to(dtype), wanted))
     kernels = {launch.kernel for launch in ran.launches}
-    assert kernels >= {"pack_kernel", "shrink_kernel", "linear_kernel"}
+    assert kernels >= (
+        {"small_shrink_kernel", "small_linear_kernel"} if m <= 32 else {"pack_kernel", "shrink_kernel", "linear_kernel"}
+    )
+    if m <= 32:
+        assert "linear_kernel" not in kernels
+        assert [launch.kernel for launch in ran.launches[:2]] == ["small_shrink_kernel", "small_linear_kernel"]
     assert ("outer_kernel" in kernels) == bool({"u", "v"} & set(wanted))
     for name, one, again in zip(("y", *wanted), results[0], results[-1], strict=True):
         assert torch.equal(one, again), f"{name} has other bits under {case['mode']}"
@@ -104,7 +113,7 @@ def check_layer(case: dict, record: Callable[[str, object], None] | None = None)
 @with_kernels
 @pytest.mark.parametrize(
     "case",
-    cover(LAYERS) + cover(LAYERS | ADVERSE) + cover(LAYERS | FLOAT),
+    cover(LAYERS) + cover(LAYERS | ADVERSE) + cover(LAYERS | FLOAT) + cover(LAYERS | FEW),
     ids=case_name,
 )
 def test_a_layer_is_right_under_every_adversity(case: dict, record_property: Callable[[str, object], None]) -> None:
@@ -242,6 +251,22 @@ def test_what_a_gpu_must_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(extension, "why_missing", "no file")
     assert cuda.why_missing() == "the compiled extension is not there: no file"
+
+
+def test_splits_of_few_rows_fill_every_processor_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "processors", lambda device: 132)
+    like = torch.empty(0, dtype=torch.bfloat16)
+
+    def splits(depth: int, out: int, adapter: bool = True, w: torch.Tensor | None = like) -> tuple[int, int]:
+        work = cuda._Work(like)
+        work.small_counters(1, depth, out, w, adapter)
+        return work.of_small[0], work.counted
+
+    assert splits(4096, 4096) == (4 + 1, 64)  # 256 CTAs of w, 64 of the adapter
+    assert splits(4096, 14336) == (1 + 1, 224)
+    assert splits(4096, 14336, adapter=False) == (1, 0)
+    assert splits(512, 64) == (2 + 1, 1)  # four steps of 64 columns each
+    assert splits(4096, 4096, w=None) == (1, 0)
 
 
 def test_splits_keep_every_processor_busy_and_none_idle(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,11 @@
 """The CUDA backend: NVIDIA GPUs of compute capability 8.0 and later, by the compiled kernels of csrc/cuda.
 
-    forward     pack, shrink (h, and z = s (h sigma | h R) g in its epilogue), linear (y, the adapter as more steps of one loop)
-    backward    pack, shrink (p, q), linear (dx), outer (dU), outer (dV); sums over the rows of h and p by PyTorch
+    up to 32 rows           forward: small_shrink, small_linear (W is read once, factors as they are): 2 launches
+                            backward: small_shrink, small_linear (p, q, dx), outer (dU), outer (dV): 2 to 4
+    more                    forward: pack, shrink (h, and z = s (h sigma | h R) g in its epilogue), linear (y, the adapter as
+                            more steps of one loop): 3
+                            backward: pack, shrink (p, q), linear (dx), outer (dU), outer (dV): 3 to 5
+    backward                besides: sums over the rows of h and p by PyTorch
 
 Layer: like ``cpu``; the kernels are operators of ``torch.ops.svdkern``. It takes float32 (IEEE), bfloat16 and float16 activations,
 any r, and any strides (an x or dy whose rows are not contiguous is copied). A weight of another dtype than x's is cast at every
@@ -27,6 +31,12 @@ OLDEST = (8, 0)
 LINES, RANKS = 64, 128  # tiles of split sums: csrc/cuda/params.h
 MOST_SPLITS = 32
 SPLIT_STEPS = 4  # a split has at least so many steps of 128 bytes
+SMALL_ROWS, SMALL_COLUMNS = 32, 64  # csrc/cuda/params.h
+SMALL_STEPS = 4  # of 128 bytes, that a CTA of small_linear takes at once
+SMALL_SLICES, SLICE = 16, 256  # most parts of small_shrink's sums, and least of a width
+SMALL_SUMS = (
+    16384  # numbers of those parts that every column tile of small_linear adds up, at most where one part would do
+)
 CORE_RANKS = 128
 """Above, a core is a product of its own: the epilogue of shrink needs all ranks of a row in one tile."""
 
@@ -125,6 +135,11 @@ class CudaBackend(EagerBackend):
         if _empty(a, factor) or (w is not None and _empty(w)):
             return super().linear(a, w, z, factor, bias, rng_state, threshold)
         work = _Work(a)
+        if a.shape[0] <= SMALL_ROWS:
+            sums = None if z is None else cast(z, torch.float32).contiguous()[None]
+            if work.small_counters(a.shape[0], a.shape[1], factor.shape[0], w, sums is not None):
+                work.control = a.new_zeros(work.counted, dtype=torch.int32)
+            return work.small_linear(a, w, sums, factor, None, bias, rng_state, threshold)
         rows = z16 = None
         if z is not None:
             (rows,) = work.pack((factor, True))
@@ -158,13 +173,17 @@ class CudaBackend(EagerBackend):
         a, r = _unit(as_rows(x)), u.shape[1]
         if threshold == DROPS_ALL or _empty(a, u, v) or (core is not None and r > CORE_RANKS):
             return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
-        work = _Work(a)
+        work, h = _Work(a), a.new_empty(a.shape[0], r, dtype=torch.float32)
+        by = (sigma, core, _dense(gate, index, a.shape[0], r), False, scale)
+        w = None if weight is None else weight.t()
+        if a.shape[0] <= SMALL_ROWS:
+            work.small_counters(a.shape[0], a.shape[1], v.shape[0], w, True)
+            sums = work.small_shrink(a, u, rng_state, threshold)
+            return as_shaped(work.small_linear(a, w, sums, v, by, bias, None, 0, h), x), h
         work.counters_of(a.shape[0], r, a.shape[1])
         columns, rows = work.pack((u, False), (v, True))
-        h, z = work.new(a.shape[0], r), work.new(a.shape[0], _padded(r), dtype=a.dtype)
-        by = (sigma, core, _dense(gate, index, a.shape[0], r), False, scale)
+        z = work.new(a.shape[0], _padded(r), dtype=a.dtype)
         work.shrink(a, columns, r, by, rng_state, threshold, h, z)
-        w = None if weight is None else weight.t()
         return as_shaped(work.linear(a, w, z, rows, v.shape[0], r, bias, None, 0), x), h
 
     def backward(
@@ -198,16 +217,22 @@ class CudaBackend(EagerBackend):
         work = _Work(b)
         tiles_u = work.counters_of(u.shape[0], r, rows) if want.u else None
         tiles_v = work.counters_of(v.shape[0], r, rows) if want.v else None
-        work.counters_of(rows, r, v.shape[0])
+        by = (sigma, None if core is None else core.t(), g, True, scale)
+        few = want.x and rows <= SMALL_ROWS
         if want.x or want.u or sums:
-            factor, columns = work.pack((u, True), (v, False))
-            q = work.new(rows, _padded(r), dtype=b.dtype) if want.x or want.u else None
+            q = work.new(rows, _padded(r), dtype=b.dtype) if want.u or (want.x and not few) else None
             p = work.new(rows, r) if sums else None
-            by = (sigma, None if core is None else core.t(), g, True, scale)
+        if few:
+            work.small_counters(rows, v.shape[0], u.shape[0], weight, True)
+            parts = work.small_shrink(b, v, None, 0)
+            dx = as_shaped(work.small_linear(b, weight, parts, u, by, None, rng_state, threshold, p, q), dy)
+        elif want.x or want.u or sums:
+            work.counters_of(rows, r, v.shape[0])
+            factor, columns = work.pack((u, True), (v, False))
             work.shrink(b, columns, r, by, None, 0, p, q)
         elif want.v:
             work.control = b.new_zeros(work.counted, dtype=torch.int32)
-        if want.x:
+        if want.x and not few:
             dx = as_shaped(work.linear(b, weight, q, factor, u.shape[0], r, None, rng_state, threshold), dy)
         if want.weight:
             assert a is not None and weight is not None
@@ -255,6 +280,7 @@ class _Work:
         self.counted = 0
         self.control: Tensor | None = None
         self.of_shrink: slice | None = None
+        self.of_small: tuple[int, slice | None] = (1, None)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.like.device)
@@ -273,6 +299,25 @@ class _Work:
             self.counted += -(-lines // LINES) * -(-r // RANKS)
             self.of_shrink = slice(first, self.counted)
         return self.of_shrink
+
+    def small_counters(self, rows: int, depth: int, out: int, w: Tensor | None, adapter: bool) -> bool:
+        """Splits of small_linear, as many as keep two CTAs a processor, and counters for them; whether there are any."""
+        tiles, steps = -(-out // SMALL_COLUMNS), -(-depth * self.like.element_size() // 128)
+        base = max(1, min(MOST_SPLITS, -(-steps // SMALL_STEPS), 2 * processors(self.like.device) // tiles))
+        splits = (base if w is not None else 0) + adapter
+        first = self.counted
+        self.counted += tiles if splits > 1 else 0
+        self.of_small = splits, slice(first, self.counted) if splits > 1 else None
+        return splits > 1
+
+    def small_shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
+        """Parts of h (slices, M, r), which small_linear adds up; and all counters zeroed."""
+        (rows, width), r = a.shape, factor.shape[1]
+        parts = self.new(max(1, min(SMALL_SLICES, -(-width // SLICE), SMALL_SUMS // (rows * r))), rows, r)
+        if self.counted:
+            self.control = self.new(self.counted, dtype=torch.int32)
+        call("small_shrink", a, factor, _state(rng_state, threshold), threshold, parts, self.control)
+        return parts
 
     def pack(self, *factors: tuple[Tensor, bool]) -> list[Tensor]:
         """One or two factors packed, as rows (L, R) or as columns (R, L); and all counters zeroed."""
@@ -301,14 +346,8 @@ class _Work:
         h: Tensor | None = None,
         z: Tensor | None = None,
     ) -> None:
-        sigma, core, gate, first, scale = by or (None, None, None, False, None)
-        here = scale is None or on_host(scale)
-        value = 1.0 if scale is None or not here else scale.item()
         partial, counters = self._split(a.shape[0], r, a.shape[1], self.of_shrink)
-        call(
-            "shrink", a, columns, r, sigma, core, gate, first, None if here else scale, value,
-            _state(rng_state, threshold), threshold, h, z, partial, counters,
-        )  # fmt: skip
+        call("shrink", a, columns, r, *_epilogue(by), _state(rng_state, threshold), threshold, h, z, partial, counters)
 
     def linear(
         self,
@@ -323,12 +362,41 @@ class _Work:
         threshold: int,
     ) -> Tensor:
         y = self.new(a.shape[0], out, dtype=a.dtype)
-        if w is not None:
-            w = cast(w, a.dtype)
-            w = w if 1 in w.stride() else w.contiguous()
-        bias = None if bias is None else cast(bias, a.dtype).contiguous()
+        w, bias = self._base(w, bias)
         call("linear", a, w, z, factor, r, bias, _state(rng_state, threshold), threshold, y)
         return y
+
+    def small_linear(
+        self,
+        a: Tensor,
+        w: Tensor | None,
+        sums: Tensor | None,
+        factor: Tensor,
+        by: By | None,
+        bias: Tensor | None,
+        rng_state: Tensor | None,
+        threshold: int,
+        h: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> Tensor:
+        y, (splits, counted) = self.new(a.shape[0], factor.shape[0], dtype=a.dtype), self.of_small
+        w, bias = self._base(w, bias)
+        partial = counters = None
+        if counted is not None:
+            assert self.control is not None
+            partial, counters = self.new(splits, *y.shape), self.control[counted]
+        call(
+            "small_linear", a, w, sums, None if sums is None else factor, *_epilogue(by), bias,
+            _state(rng_state, threshold), threshold, h, z, y, partial, counters,
+        )  # fmt: skip
+        return y
+
+    def _base(self, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """w and bias as the kernels read them."""
+        if w is not None:
+            w = cast(w, self.like.dtype)
+            w = w if 1 in w.stride() else w.contiguous()
+        return w, None if bias is None else cast(bias, self.like.dtype).contiguous()
 
     def outer(
         self, a: Tensor, q: Tensor, like: Tensor, rng_state: Tensor | None, threshold: int, counters: slice | None
@@ -343,6 +411,14 @@ class _Work:
             return None, None
         assert self.control is not None
         return self.new(self.splits(lines, r, depth), lines, _padded(r)), self.control[counters]
+
+
+def _epilogue(by: By | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool, Tensor | None, float]:
+    """The operators' sigma, core, gate, gate_first, scale, scale_value."""
+    if by is None:
+        return None, None, None, False, None, 1.0
+    here = on_host(by[4])
+    return (*by[:4], None if here else by[4], by[4].item() if here else 1.0)
 
 
 def _padded(r: int) -> int:
