@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,30 +11,39 @@ from svdkern.linalg.precision import full_precision
 
 
 @torch.no_grad()
-def project_out_(tensor: Tensor, basis: Tensor) -> Tensor:
+def project_out_(tensor: Tensor, basis: Tensor, products: torch.dtype | None = None) -> Tensor:
     """``tensor -= basis (basis^T tensor)`` in place: (L, r) without its part in the span of orthonormal columns (L, h).
 
-    Computed in float32, or wider if tensor or basis is.
+    Args:
+        products: dtype of the products' operands; None is float32, or wider if tensor or basis is. Half precision leaves its
+            rounding of the part (2^-9 in bfloat16), for a gradient that has such an error already.
 
     Raises:
         ValueError: the shapes do not fit.
     """
     _check(tensor, basis)
-    return tensor.sub_(_part(tensor, basis).to(tensor.dtype))
+    return tensor.copy_(_without_part(tensor, basis, products))
 
 
 @torch.no_grad()
-def project_onto_(tensor: Tensor, basis: Tensor) -> Tensor:
+def project_onto_(tensor: Tensor, basis: Tensor, products: Sequence[torch.dtype | None] | None = None) -> Tensor:
     """``tensor <- basis (basis^T tensor)`` in place: the part of (L, r) in the span of orthonormal columns (L, h).
 
     Columns that are orthonormal to the rounding of their dtype are enough: what is in their span stays, to float32's rounding,
     however often it is projected.
+
+    Args:
+        products: as for ``project_out_``, for each pass: a pass takes out of what is left outside the basis the inside that
+            rounding has put there, so that half precision in a later one errs by its rounding of the outside, and within the span.
+            None is two passes in float32, or three for a basis in half precision.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
     _check(tensor, basis)
     outside = tensor
-    passes = 2 if basis.dtype.itemsize >= 4 else 3  # each leaves that rounding's share of the inside
-    for _ in range(passes):
-        outside = outside - _part(outside, basis)
+    for dtype in products or (None,) * (2 if basis.dtype.itemsize >= 4 else 3):
+        outside = _without_part(outside, basis, dtype)
     return tensor.copy_(tensor - outside)
 
 
@@ -41,11 +52,15 @@ def _check(tensor: Tensor, basis: Tensor) -> None:
         raise ValueError(f"tensor is {tuple(tensor.shape)} and basis {tuple(basis.shape)}, expected (L, r) and (L, h)")
 
 
-def _part(tensor: Tensor, basis: Tensor) -> Tensor:
+def _without_part(tensor: Tensor, basis: Tensor, products: torch.dtype | None) -> Tensor:
+    """``tensor - basis (basis^T tensor)``, a new tensor in float32 or wider."""
     wide = torch.promote_types(torch.promote_types(tensor.dtype, basis.dtype), torch.float32)
-    basis = basis.to(wide)
+    tensor, factor = tensor.to(wide), basis.to(products or wide)
     with full_precision(tensor.device):
-        return basis @ (basis.t() @ tensor.to(wide))
+        coefficients = factor.t() @ tensor.to(factor.dtype)
+        if factor.dtype == wide:
+            return torch.addmm(tensor, factor, coefficients, alpha=-1)
+        return tensor - factor @ coefficients
 
 
 @torch.no_grad()

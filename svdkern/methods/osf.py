@@ -10,6 +10,9 @@ projected to. ``rank`` is the number of triplets that *train*; None is half of t
 whole space, the complement of the high ones is spanned by the initial low ones, which the layer keeps anyway; on the other
 side, if the layer is not square, U_high or V_high is kept, too.
 
+These products are a large part of a step. Under a bfloat16 weight gradients, which have its rounding error anyway, are projected
+in bfloat16, and parameters in float32 but for a correction.
+
 What trains is orthogonal to the large triplets on both sides, so that the SVD of the present weight is theirs and that of
 ``V diag(sigma) U^T``. At a task's end the latter's larger triplets become frozen factors of the same call (``past_u``,
 ``past_sigma``, ``past_v``), and the next task is kept orthogonal to them, too. W_high stays, and a saved adapter still belongs to
@@ -109,28 +112,31 @@ class OSF(Method):
         return with_past(layer)
 
     @torch.no_grad()
-    def _project(self, layer: Layer, u: Tensor | None, v: Tensor | None) -> None:
+    def _project(
+        self, layer: Layer, u: Tensor | None, v: Tensor | None, products: Sequence[torch.dtype | None] | None
+    ) -> None:
+        first = products[0] if products else None
         if u is not None:
             if layer.in_features > layer.out_features:
-                linalg.project_out_(u, layer.u_high)
+                linalg.project_out_(u, layer.u_high, first)
             else:
-                linalg.project_onto_(u, layer.u0)
-            linalg.project_out_(u, layer.past_u)
+                linalg.project_onto_(u, layer.u0, products)
+            linalg.project_out_(u, layer.past_u, first)
         if v is not None:
             if layer.out_features > layer.in_features:
-                linalg.project_out_(v, layer.v_high)
+                linalg.project_out_(v, layer.v_high, first)
             else:
-                linalg.project_onto_(v, layer.v0)
-            linalg.project_out_(v, layer.past_v)
+                linalg.project_onto_(v, layer.v0, products)
+            linalg.project_out_(v, layer.past_v, first)
 
     def on_backward_end(self, layers: Sequence[Layer], step: int) -> None:
         for layer in layers:
-            self._project(layer, layer.u.grad, layer.v.grad)
+            self._project(layer, layer.u.grad, layer.v.grad, (torch.bfloat16,) if _is_rough(layer) else None)
 
     def on_step_end(self, layers: Sequence[Layer], step: int, optimizer: torch.optim.Optimizer | None) -> None:
         if self.project_parameters:
             for layer in layers:
-                self._project(layer, layer.u, layer.v)
+                self._project(layer, layer.u, layer.v, (None, torch.bfloat16) if _is_rough(layer) else None)
 
     def on_round_end(self, layers: Sequence[Layer], optimizer: torch.optim.Optimizer | None) -> None:
         for layer in layers:
@@ -146,3 +152,8 @@ class OSF(Method):
                 parameter.zero_()
                 parameter[..., : live - joining] = factor[..., joining:live]
             forget(optimizer, u, sigma, v)
+
+
+def _is_rough(layer: Layer) -> bool:
+    """Whether gradients have bfloat16's rounding error anyway, under factors that do not."""
+    return bool(layer.residual.dtype == torch.bfloat16 and layer.u.dtype == torch.float32)

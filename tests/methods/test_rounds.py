@@ -365,6 +365,17 @@ def test_osf_updates_stay_orthogonal_to_the_large_triplets(k: int, n: int) -> No
         assert (v_high.t() @ layer.v.double()).abs().max() < 1e-5
 
 
+def test_osf_under_a_bfloat16_weight_keeps_its_parameters_orthogonal() -> None:
+    model = net(dtype=torch.bfloat16)
+    svdkern.adapt(model, "osf", rank=4)
+    p, _, qh = torch.linalg.svd(net(dtype=torch.bfloat16).up.weight.double(), full_matrices=False)
+    train(model, 5, data=batch(dtype=torch.bfloat16))
+    assert (qh[:-4] @ model.up.u.double()).abs().max() < 1e-5
+    assert (p[:, :-4].t() @ model.up.v.double()).abs().max() < 1e-5
+    grad = model.up.u.grad.double()  # as projected for the last step, up to its rounding
+    assert 1e-9 < (qh[:-4] @ grad).norm() < 0.02 * grad.norm()
+
+
 def test_osf_without_parameter_projection_leaks_under_adam() -> None:
     """Why the parameters are projected: Adam's elementwise scaling leaves the subspace."""
     leaks = {}
@@ -454,5 +465,14 @@ def test_projections() -> None:
     assert (basis.t() @ outside).abs().max() < 1e-6
     half = tensor.bfloat16()
     assert project_out_(half, basis).dtype == torch.bfloat16 and (basis.t() @ half.float()).abs().max() < 0.05
+    for rough, exact in (
+        (project_onto_(tensor.clone(), basis, [torch.bfloat16]), inside),
+        (project_out_(tensor.clone(), basis, torch.bfloat16), outside),
+    ):
+        assert rough.dtype == torch.float32 and 0 < (rough - exact).norm() < 0.01 * tensor.norm()
+    corrected = project_onto_(tensor.clone(), basis, [None, torch.bfloat16])
+    within = basis @ (basis.t() @ corrected)
+    assert (corrected - within).norm() < 2**-16 * outside.norm()  # both of its roundings
+    assert (corrected - inside).norm() < 0.01 * outside.norm()
     with pytest.raises(ValueError, match=r"tensor is \(8, 3\) and basis \(9, 4\)"):
         project_out_(tensor[:8], basis)
