@@ -217,7 +217,7 @@ class SVDLinear(LayerState):
 
     def _composed_forward(self, x: Tensor) -> Tensor:
         """The factors and the gate as the method makes them of its parameters, then the one call."""
-        factors = self.config.call_factors(self)
+        factors = self.config.call_factors(self, x)
         gate, group = self.config.gate(self, x)
         if self.training:
             self.config.observe(self, gate)

@@ -251,7 +251,7 @@ class Method:
         """u, sigma, core and v of the one call that computes the layer, differentiable in what trains."""
         return Factors(layer.u, layer.sigma, layer.core, layer.v)
 
-    def call_factors(self, layer: Layer) -> Factors:
+    def call_factors(self, layer: Layer, x: Tensor) -> Factors:
         """What the layer's own call takes: ``product``, or the same values with less of a graph, if ``finish`` adds the rest."""
         return self.product(layer)
 

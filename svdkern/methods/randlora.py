@@ -6,7 +6,8 @@
 
 A smaller r trains *more* numbers. The bases are a function of ``seed`` (Philox, uniform with variance 1), the same for all
 layers of a model, held once for a shape, and not saved: what made them is (``origin``), and they are never cast. The
-scaled copies of A are made at every call.
+scaled copies of A are made at every call, for bfloat16 activations in bfloat16, as a product would round them: half the
+memory until the backward.
 
 ``compat="official"`` pairs A and B as the authors' code and PEFT do: they flatten A with the rank first and B with the basis
 first, so that column (b, j) of B meets lambda, A and gamma of another (b', j'). The update still has full rank.
@@ -21,7 +22,9 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from svdkern.autocast import autocast_is_on, without_autocast
 from svdkern.backends.philox import philox4x32
 from svdkern.methods.method import Card, Compat, Factors, Layer, Method, shared
 
@@ -146,13 +149,65 @@ class RandLoRA(Method):
         )
 
     def product(self, layer: Layer) -> Factors:
+        a, b, narrow_input = self._bases(layer)
+        scaled = _scaled(a, layer.gamma, self.compat == "official")
+        return Factors(scaled, layer.sigma, None, b) if narrow_input else Factors(b, layer.sigma, None, scaled)
+
+    def call_factors(self, layer: Layer, x: Tensor) -> Factors:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.product(layer)
+        a, b, narrow_input = self._bases(layer)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x.device) else x.dtype
+        if dtype != torch.bfloat16 or a.dtype != torch.float32:
+            dtype = a.dtype
+        scaled: Tensor = _Scaled.apply(a, layer.gamma, self.compat == "official", dtype)
+        b = _rounded(b, dtype)
+        return Factors(scaled, layer.sigma, None, b) if narrow_input else Factors(b, layer.sigma, None, scaled)
+
+    @staticmethod
+    def _bases(layer: Layer) -> tuple[Tensor, Tensor, bool]:
+        """A (min, r), all B_b (max, n r), and whether A is on the input side."""
         narrow_input = layer.in_features <= layer.out_features
-        a = layer.u if narrow_input else layer.v  # (min, r)
-        scales = layer.gamma.t()  # (min, n)
-        if self.compat == "official":
-            scaled = a.unsqueeze(2) * scales.unsqueeze(1)  # column j n + b
-        else:
-            scaled = a.unsqueeze(1) * scales.unsqueeze(2)  # column b r + j
-        scaled = scaled.flatten(1)
-        u, v = (scaled, layer.v) if narrow_input else (layer.u, scaled)
-        return Factors(u, layer.sigma, None, v)
+        return (layer.u, layer.v, True) if narrow_input else (layer.v, layer.u, False)
+
+
+def _scaled(a: Tensor, gamma: Tensor, official: bool) -> Tensor:
+    """The copies ``diag(gamma_b) A`` side by side, (min, n r)."""
+    scales = gamma.t()  # (min, n)
+    if official:
+        return (a.unsqueeze(2) * scales.unsqueeze(1)).flatten(1)  # column j n + b
+    return (a.unsqueeze(1) * scales.unsqueeze(2)).flatten(1)  # column b r + j
+
+
+class _Scaled(torch.autograd.Function):
+    """``_scaled`` in ``dtype``, whose backward reads the gradient of the copies once and makes nothing of their size."""
+
+    @staticmethod
+    def forward(ctx, a, gamma, official, dtype):
+        ctx.save_for_backward(a)
+        ctx.official = official
+        return _scaled(a, gamma, official).to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (a,) = ctx.saved_tensors
+        rows, r = a.shape
+        shape, terms = ((rows, r, -1), "kjb,kj->bk") if ctx.official else ((rows, -1, r), "kbj,kj->bk")
+        with without_autocast(gradient.device):
+            return None, torch.einsum(terms, gradient.to(a.dtype).view(shape), a), None, None
+
+
+_copies = WeakIdKeyDictionary()
+"""Rounded copies of the bases that layers share, with the version that they are of."""
+
+
+def _rounded(basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """A frozen basis in dtype, cast once for all layers that share it and not at every call."""
+    if basis.dtype == dtype:
+        return basis
+    version, copy = _copies.get(basis, (-1, basis))
+    if version != basis._version or copy.dtype != dtype or copy.device != basis.device:
+        copy = basis.detach().to(dtype)
+        _copies[basis] = basis._version, copy
+    return copy

@@ -96,7 +96,7 @@ class SST(Method):
         u = layer.u.index_copy(1, layer.active, layer.u_active)
         return Factors(u, layer.sigma, None, layer.v.index_copy(1, layer.active, layer.v_active))
 
-    def call_factors(self, layer: Layer) -> Factors:
+    def call_factors(self, layer: Layer, x: Tensor) -> Factors:
         """U and V with the active columns written into them, whatever their version: what a backward needs unchanged are the
         active columns, which ``finish`` saves."""
         if not self._by_columns(layer):

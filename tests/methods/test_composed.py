@@ -147,6 +147,45 @@ def test_random_bases(kind: str) -> None:
         assert (made != 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
 
 
+@pytest.mark.parametrize("compat", ["paper", "official"])
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_randlora_under_bfloat16_keeps_rounded_copies_and_the_same_gradients(
+    k: int, n: int, compat: str, autocast: bool
+) -> None:
+    layer, _ = layer_of(RandLoRA(compat=compat), k, n, 4)
+    perturb(layer)
+    x, dy = torch.randn(6, k), torch.randn(6, n)
+    leaves = [layer.sigma, layer.gamma]
+    factors = layer.config.product(layer)
+    branch = (x.bfloat16().float() @ factors.u * factors.sigma) @ factors.v.t()
+    expected = torch.autograd.grad(branch, leaves, dy.bfloat16().float())
+    saved: list[Tensor] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda s: (saved.append(s), s)[1], lambda s: s),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        y = layer(x if autocast else x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    held = [p for p in layer.parameters()]
+    wide = [s for s in saved if s.dim() == 2 and s.shape[0] in (k, n) and s.shape[1] == 12 and s.dtype == torch.float32]
+    assert all(any(s.data_ptr() == p.data_ptr() for p in held) for s in wide)  # no copy in float32
+    for found, grad in zip(torch.autograd.grad(y, leaves, dy.bfloat16()), expected, strict=True):
+        assert found.dtype == torch.float32 and (found - grad).norm() <= 0.03 * grad.norm()
+    assert layer.u.dtype == layer.v.dtype == torch.float32
+
+
+def test_randlora_rounds_its_bases_once_and_anew_where_they_change() -> None:
+    from svdkern.methods.randlora import _rounded
+
+    basis = torch.randn(5, 4)
+    first = _rounded(basis, torch.bfloat16)
+    assert _rounded(basis, torch.bfloat16) is first and torch.equal(first, basis.bfloat16())
+    assert _rounded(basis, torch.float32) is basis
+    basis.mul_(2)
+    assert torch.equal(_rounded(basis, torch.bfloat16), basis.bfloat16())
+
+
 def test_randlora_saves_no_basis(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = adapted("randlora")
     svdkern.save_adapter(model, tmp_path / "a")
