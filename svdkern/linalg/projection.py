@@ -22,7 +22,7 @@ def project_out_(tensor: Tensor, basis: Tensor, products: torch.dtype | None = N
         ValueError: the shapes do not fit.
     """
     _check(tensor, basis)
-    return tensor.copy_(_without_part(tensor, basis, products))
+    return tensor.copy_(_without_part(tensor, basis, products)) if basis.shape[1] else tensor
 
 
 @torch.no_grad()

@@ -287,3 +287,17 @@ def test_a_step_that_was_skipped_is_not_counted() -> None:
         if scaler.get_scale() >= scale:  # as the documentation says
             hooks.on_step_end()
     assert hooks.step == 2
+
+
+@pytest.mark.parametrize("method", ["svfit", "lora-xs", "lora-sb", "fedsvd"])
+def test_what_trains_alone_keeps_no_activation_of_full_width(method: str) -> None:
+    """Of the activations only h (M, r), where the input wants no gradient: sigma, core or V is all that trains."""
+    layer = adapted(method).up
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: (saved.append(s), s)[1], lambda s: s):
+        y = layer(torch.randn(6, 12))
+    held = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    own = [tuple(s.shape) for s in saved if s.dim() and s.untyped_storage().data_ptr() not in held]
+    assert own == [(6, 3)]
+    y.sum().backward()
+    assert {n for n, p in layer.named_parameters() if p.grad is not None} == set(layer.config.trains)
