@@ -191,6 +191,14 @@ def test_a_covariance_of_few_samples_is_damped() -> None:
     assert ((v * sigma) @ u.t() - weight).norm() < 1e-9 * weight.norm()
 
 
+def test_a_large_weight_is_scaled_before_it_is_cast() -> None:
+    weight = torch.zeros(40, 30)
+    weight[3] = 1e37
+    cov = 50 * torch.ones(30, 30) + 1e-3 * torch.eye(30)
+    u, sigma, v = weighted_factors(weight, 2, row_scale=1e-4 * torch.ones(40), cov=cov)
+    assert float(sigma[0]) == pytest.approx(30**0.5 * 1e33 * 1500.5, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -201,6 +209,9 @@ def test_a_covariance_of_few_samples_is_damped() -> None:
         ({"cov": torch.ones(6, 6).triu()}, "not symmetric"),
         ({"cov": -torch.eye(6)}, "mean of cov's diagonal is -1"),
         ({"cov": torch.diag(torch.tensor([9.0, 1, 1, 1, 1, -9]))}, "not positive semidefinite"),
+        ({"cov": torch.diag(torch.tensor([9.0, 1, 1, 1, 1, -1e-3])), "damping": 1e-30}, "not positive semidefinite"),
+        ({"weight": torch.ones(5, 6, device="meta")}, "weight is on the meta device"),
+        ({"weight": torch.full((5, 6), 3e38)}, r"weight has the singular value 1.64\d*e\+39, beyond torch.float32"),
         ({"cov": torch.full((6, 6), float("nan"))}, "cov has a NaN"),
         ({"cov": torch.eye(6), "damping": -1.0}, "damping is -1"),
         ({"cov": torch.eye(6), "col_scale": torch.ones(6)}, "both given"),

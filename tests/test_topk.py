@@ -315,6 +315,25 @@ def test_a_warm_start_takes_fewer_passes(shape: tuple[int, int]) -> None:
     check(a, 5, warm, tol=1e-4)
 
 
+def test_a_warm_starts_length_does_not_matter() -> None:
+    a = torch.randn(300, 260, generator=seeded())
+    start = topk_svd(a, 5, method="krylov").V
+    plain = topk_svd(a, 5, method="krylov", v0=start)
+    for length in (1e-30, 1e30):
+        scaled = topk_svd(a, 5, method="krylov", v0=start * length)
+        assert scaled.info.passes == plain.info.passes and torch.allclose(scaled.S, plain.S, rtol=1e-5)
+
+
+def test_integers_of_other_types() -> None:
+    class Integer:
+        def __index__(self) -> int:
+            return 3
+
+    a = torch.randn(40, 30, generator=seeded())
+    found = topk_svd(a, Integer(), seed=Integer(), max_passes=Integer(), method="krylov")  # type: ignore[arg-type]
+    assert found.S.shape == (3,) and found.info.seed == 3
+
+
 def test_a_warm_start_that_leads_nowhere_is_overcome() -> None:
     a = with_spectrum(300, 260, indices(260) ** -0.5).float()
     worst = torch.linalg.svd(a)[2][-20:].t()
@@ -353,6 +372,16 @@ def test_not_finite(value: float, dtype: torch.dtype, method: str) -> None:
         ({"v0": torch.zeros(6, 2)}, ValueError, r"v0 is \(6, 2\), expected \(4, p\) with 1 <= p <= 4"),
         ({"v0": torch.full((4, 1), math.nan)}, ValueError, "v0 has a NaN or an infinity"),
         ({"v0": torch.zeros(4, 1), "method": "krylov"}, ValueError, "v0 has no column"),
+        ({"v0": [[1.0]] * 4}, TypeError, "v0 is a list, expected a tensor of floating-point numbers"),
+        ({"v0": torch.ones(4, 1, dtype=torch.complex64)}, TypeError, "v0 is torch.complex64, expected a tensor"),
+        ({"tol": None}, TypeError, "tol is None, expected a number or one of fast"),
+        (
+            {"A": torch.ones(6, 4, device="meta")},
+            ValueError,
+            "A is on the meta device, expected a tensor that has values",
+        ),
+        ({"A": torch.ones(6, 4).to_sparse()}, TypeError, "A is torch.sparse_coo, expected a dense tensor"),
+        ({"A": torch.full((40, 30), 3e38)}, ValueError, r"A has the singular value 1.03923e\+40, beyond torch.float32"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:

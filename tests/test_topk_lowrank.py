@@ -50,6 +50,19 @@ def test_randomized_svd_of_tensors_and_arrays() -> None:
         randomized_svd(a, 5, random_state=seeded())  # type: ignore[arg-type]
 
 
+def test_randomized_svd_takes_what_numpy_takes() -> None:
+    numpy = pytest.importorskip("numpy", reason="needs NumPy")
+    array = numpy.arange(40.0, dtype=numpy.float32).reshape(8, 5)
+    wanted = numpy.linalg.svd(array.astype(float))[1][:2]
+    for matrix in (array[::-1], array[:, ::-2][:, ::-1], array.tolist(), array.astype(int)):
+        exact = numpy.linalg.svd(numpy.asarray(matrix).astype(float))[1][:2]
+        found = randomized_svd(matrix, numpy.int64(2), n_iter=numpy.int64(3), random_state=numpy.int64(1))
+        assert found[0].dtype == (numpy.float32 if getattr(matrix, "dtype", None) == numpy.float32 else float)
+        assert abs(found[1] - exact).max() < 1e-4 * wanted[0]
+    with pytest.raises(TypeError, match="A is torch.complex128, expected float32"):
+        randomized_svd(array + 1j * array.astype(float), 2)
+
+
 def test_randomized_svd_takes_sklearns_arguments() -> None:
     extmath = pytest.importorskip("sklearn.utils.extmath", reason="needs scikit-learn")
     import inspect

@@ -38,7 +38,7 @@ class Products:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(300, 220), (220, 300)])
-@pytest.mark.parametrize("scale", [1.0, 1e-12])
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e30])
 def test_a_product_of_factors(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
     generator = seeded(2)
     left, right = (torch.randn(n, 40, generator=generator, dtype=torch.float64).to(dtype) for n in shape)
@@ -62,6 +62,12 @@ def test_the_same_as_the_matrix_itself() -> None:
     assert torch.allclose(found.S, topk_svd(a, 5, method="krylov", tol="accurate").S, rtol=1e-9)
     assert found.info.tail == pytest.approx(topk_svd(a, 5).info.tail, rel=0.3)
     assert found.info.certificate is not None and found.info.certificate.delta == 1e-3
+
+
+def test_where_the_scale_is_beyond_float32() -> None:
+    """1e-42 is a float32, 1e42 is none."""
+    a = Products(torch.eye(60), torch.full((60,), 1e-42), torch.eye(60))
+    assert torch.allclose(topk_svd(a, 4).S * 1e30, torch.full((4,), 1e-12), rtol=0.01)
 
 
 def test_of_a_rank_below_k() -> None:

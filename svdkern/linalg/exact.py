@@ -165,7 +165,11 @@ def orthonormal64(x: Tensor) -> Tensor:
 
 @contextmanager
 def few_threads(short: int, device: torch.device) -> Iterator[None]:
-    """One thread for LAPACK's small problems, where more only wait for each other."""
+    """One thread for LAPACK's small problems, where more only wait for each other.
+
+    PyTorch has a number for each thread, and the last one set is that of threads that begin to compute later: one that first
+    does while another is in here computes with one thread until it sets its own.
+    """
     threads = torch.get_num_threads()
     if device.type != "cpu" or short > _ONE_THREAD or threads == 1:
         yield

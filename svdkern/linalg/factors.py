@@ -12,7 +12,7 @@ from torch import Tensor
 from svdkern.linalg.exact import few_threads, with_signs
 from svdkern.linalg.filtered import leading_triplets, suits
 from svdkern.linalg.precision import full_precision
-from svdkern.linalg.topk import topk_svd
+from svdkern.linalg.topk import check_dense, topk_svd
 
 _TOL = 1e-5
 _ALIGNMENT = 64  # bytes, as PyTorch allocates
@@ -44,13 +44,15 @@ def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         weight gives the same bits every time, and up to a short side of 1024 with any number of threads.
 
     Raises:
-        TypeError: weight is not floating-point.
-        ValueError: weight is not a matrix, r is out of range, or weight has a NaN or an infinity.
+        TypeError: weight is not floating-point, or not dense.
+        ValueError: weight is not a matrix, r is out of range, or weight has a NaN, an infinity or a singular value that
+            float32 cannot hold.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight is {tuple(weight.shape)}, expected a matrix (N, K)")
     if not weight.is_floating_point():
         raise TypeError(f"weight is {weight.dtype}, expected float32, bfloat16, float16 or float64")
+    check_dense(weight, "weight")
     if not 1 <= r <= min(weight.shape):
         raise ValueError(f"r is {r}, expected 1 <= r <= {min(weight.shape)} (weight is {tuple(weight.shape)})")
     if weight.device.type == "cpu" and weight.data_ptr() % _ALIGNMENT:

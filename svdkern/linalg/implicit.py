@@ -15,6 +15,7 @@ from torch import Tensor
 
 from svdkern.linalg.sketch import sketch
 
+_SCALED = 100  # powers of two by which float32 is scaled directly
 _COLUMNS = 16  # of the estimate: the norm is right to about a tenth
 
 
@@ -52,7 +53,9 @@ class Implicit:
         self.factor, self.power = 1.0, 0
         random = sketch(self.columns, _COLUMNS, seed=0, dtype=self.dtype, device=self.device)
         norm = float(torch.linalg.vector_norm(self.times(random).to(torch.float64))) / math.sqrt(_COLUMNS)
-        self.norm, self.power = math.frexp(norm)
+        mantissa, exponent = math.frexp(norm)
+        self.power = max(-1000, min(1000, exponent))
+        self.norm = math.ldexp(mantissa, exponent - self.power)
         """The estimated Frobenius norm, of the scaled matrix."""
         self.factor = math.ldexp(1.0, -self.power)
 
@@ -78,4 +81,6 @@ class Implicit:
             raise ValueError(f"{self._name}.{name} returned {shape}, expected a tensor {(rows, x.shape[1])}")
         if not bool(out.isfinite().all()):
             raise ValueError(f"{self._name}.{name} returned a NaN or an infinity, expected finite values")
+        if abs(self.power) > _SCALED:  # the factor itself may be beyond float32
+            return (out.to(torch.float64) * self.factor).to(self.dtype)
         return out.to(self.dtype) * self.factor

@@ -5,18 +5,21 @@ Both take as many passes as they were asked for and no more, and stop earlier wh
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from svdkern.linalg.topk import TopkSVD, topk_svd
+from svdkern.linalg.topk import TopkSVD, index, topk_svd
 
 
 def svd_lowrank(
     A: Tensor, q: int = 6, niter: int = 2, M: Tensor | None = None, *, seed: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.svd_lowrank``'s arguments and result, ``A - M ~ U @ diag(S) @ V.mT``, without its use of the global RNG.
+
+    Unlike torch's, the result has no gradient, also where A requires one.
 
     For ``A = linear.weight`` (N, K), U is the output side (``topk_svd``).
 
@@ -28,7 +31,8 @@ def svd_lowrank(
         M: what is taken from A, of a shape that broadcasts to A's; the difference is formed.
         seed: of the random start; None is 0.
     """
-    if not isinstance(niter, int) or niter < 0:
+    niter = index(niter, "niter")
+    if niter < 0:
         raise ValueError(f"niter is {niter!r}, expected an integer >= 0")
     matrix = A if M is None else A - M
     if matrix.dim() <= 2:
@@ -57,14 +61,14 @@ def randomized_svd(
     """``sklearn.utils.extmath.randomized_svd``'s arguments and result: ``U, s, Vt`` with ``M ~ U @ diag(s) @ Vt``.
 
     Args:
-        M: (m, n), a dense tensor, or a NumPy array; the result is of the same kind.
+        M: (m, n), a dense tensor, or a NumPy array or what makes one; the result is of the same kind.
         n_components: number of triplets.
         n_iter: power iterations, as a limit; "auto" is until convergence.
         random_state: an integer seed; None is 0, so that a call without one gives the same bits every time.
         n_oversamples, power_iteration_normalizer, transpose, flip_sign, svd_lapack_driver: checked, and without effect: the
             Krylov method chooses its block, and signs are always those of ``flip_sign=True``.
     """
-    if not isinstance(n_oversamples, int) or n_oversamples < 0:
+    if index(n_oversamples, "n_oversamples") < 0:
         raise ValueError(f"n_oversamples is {n_oversamples!r}, expected an integer >= 0")
     for name, choice, choices in (
         ("power_iteration_normalizer", power_iteration_normalizer, ("auto", "QR", "LU", "none")),
@@ -73,14 +77,21 @@ def randomized_svd(
     ):
         if choice not in choices:
             raise ValueError(f"{name} is {choice!r}, expected one of {', '.join(map(repr, choices))}")
-    if n_iter != "auto" and (not isinstance(n_iter, int) or n_iter < 0):
+    iterations = None if n_iter == "auto" else index(n_iter, "n_iter")
+    if iterations is not None and iterations < 0:
         raise ValueError(f"n_iter is {n_iter!r}, expected 'auto' or an integer >= 0")
-    if random_state is not None and not isinstance(random_state, int):
+    if random_state is not None and not hasattr(random_state, "__index__"):
         raise TypeError(f"random_state is a {type(random_state).__name__}, expected an integer or None")
-    matrix = M if isinstance(M, Tensor) else torch.from_numpy(M)
-    found = _limited(matrix, n_components, None if n_iter == "auto" else n_iter, random_state)
+    found = _limited(M if isinstance(M, Tensor) else _tensor(M), n_components, iterations, random_state)
     results = found.U, found.S, found.V.mT
     return results if isinstance(M, Tensor) else tuple(t.numpy() for t in results)  # type: ignore[return-value]
+
+
+def _tensor(array: Any) -> Tensor:
+    """What NumPy makes of it; integers in float64, as its own linear algebra has them."""
+    numpy = importlib.import_module("numpy")
+    array = numpy.asarray(array)
+    return torch.from_numpy(numpy.ascontiguousarray(array, dtype=float if array.dtype.kind in "biu" else None))
 
 
 def _limited(matrix: Tensor, k: int, iterations: int | None, seed: int | None) -> TopkSVD:

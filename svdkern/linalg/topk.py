@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -111,20 +112,27 @@ def topk_svd(
         method: "auto", "krylov" or "exact".
         seed: of the random start. The same seed gives the same bits on the same machine and number of threads.
         max_passes: products with A or its transpose after which the Krylov method gives what it has (``info.converged``
-            says so), once it has k triplets at all.
+            says so), once it has k triplets at all. For the smallest, products with the inverse, of each precision tried;
+            after them the exact method takes over, at the cost of a dense SVD (``info.fallbacks`` has "exact").
         v0: (n, p), columns near the wanted right singular vectors, to start from.
         certify: fills ``info.certificate``: a random probe of ``A (I - V V^T)`` bounds what may have been missed, and the residuals
             bound the rest; takes a few more products. "largest" alone.
 
     Returns:
         U (m, k), S (k,) descending and >= 0, V (n, k), info: float32, or float64 for a float64 A. U and V have orthonormal
-        columns also where S is 0; the entry of largest magnitude of each column of U is positive.
+        columns also where S is 0; the entry of largest magnitude of each column of U is positive. None of them has a gradient.
 
     Raises:
-        TypeError: A is not a floating-point tensor, or k, seed or max_passes is not an integer.
-        ValueError: A is not a matrix or has a NaN or an infinity, or an argument is out of its range.
+        TypeError: A is not a dense floating-point tensor, v0 not a floating-point one, or k, seed or max_passes no integer.
+        ValueError: A is not a matrix or has a NaN, an infinity or a singular value beyond S's dtype, or an argument is out of
+            its range.
     """
-    tolerance = _check(A, k, which, tol, method, seed, max_passes, v0)
+    tolerance = _check(A, which, tol, method, v0)
+    k, seed, max_passes = index(k, "k"), index(seed, "seed"), index(max_passes, "max_passes")
+    if not 1 <= k <= min(A.shape):
+        raise ValueError(f"k is {k}, expected 1 <= k <= {min(A.shape)} (A is {tuple(A.shape)})")
+    if max_passes < 1:
+        raise ValueError(f"max_passes is {max_passes}, expected at least 1")
     if certify and which != "largest":
         raise ValueError(f"certify is True with which={which!r}, expected the largest: the inverse is not probed")
     if not isinstance(A, Tensor) and (which != "largest" or method == "exact"):
@@ -144,8 +152,32 @@ def topk_svd(
             found, info = _krylov(operand, k, which, tolerance, seed, max_passes, start, certify)
     u, v = (found.left, found.right) if tall else (found.right, found.left)
     u, v = with_signs(u.to(operand.dtype), v.to(operand.dtype))
-    sigma = (found.sigma * math.ldexp(1.0, operand.power)).to(operand.dtype)
+    sigma = in_range(found.sigma * math.ldexp(1.0, operand.power), operand.dtype, "A")
     return TopkSVD(u.contiguous(), sigma, v.contiguous(), info)
+
+
+def index(value: object, name: str) -> int:
+    """An integer of any type (NumPy's), but not a bool."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    return operator.index(value)
+
+
+def check_dense(matrix: Tensor, name: str) -> None:
+    if matrix.layout != torch.strided:
+        raise TypeError(f"{name} is {matrix.layout}, expected a dense tensor (an operator, for topk_svd)")
+    if matrix.is_meta:
+        raise ValueError(f"{name} is on the meta device, expected a tensor that has values")
+
+
+def in_range(sigma: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``sigma``, descending, in ``dtype``."""
+    largest = float(sigma[0])
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{name} has the singular value {largest:g}, beyond {dtype}: scale {name}, or give it in float64"
+        )
+    return sigma.to(dtype)
 
 
 def _exact(operand: Operand, k: int, which: str, tol: float, seed: int, certify: bool) -> tuple[Triplets, SVDInfo]:
@@ -229,7 +261,9 @@ def _block(k: int, operand: Operand | Implicit) -> int:
 
 def _start(operand: Operand | Implicit, v0: Tensor, tall: bool) -> Tensor:
     """v0 on the short side, where the basis lives, its columns of length 1."""
-    start = v0.to(operand.device, operand.dtype)
+    start = v0.to(operand.device, torch.float64)
+    largest = start.abs().amax(0)
+    start = (start / torch.where(largest > 0, largest, 1.0)).to(operand.dtype)
     start = start if tall else operand.transposed(start)
     length = torch.linalg.vector_norm(start, dim=0)
     start = start[:, length > 0] / length[length > 0]
@@ -240,12 +274,9 @@ def _start(operand: Operand | Implicit, v0: Tensor, tall: bool) -> Tensor:
 
 def _check(
     A: Tensor | LinearOperator,
-    k: int,
     which: str,
     tol: float | str,
     method: str,
-    seed: int,
-    max_passes: int,
     v0: Tensor | None,
 ) -> float:
     if not isinstance(A, (Tensor, LinearOperator)):
@@ -256,25 +287,25 @@ def _check(
         raise TypeError(f"A is {A.dtype}, expected float32, bfloat16, float16 or float64")
     if not isinstance(A, Tensor) and A.dtype not in _OPERATOR_DTYPES:
         raise TypeError(f"A is an operator of {A.dtype}, expected torch.float32 or torch.float64")
+    if isinstance(A, Tensor):
+        check_dense(A, "A")
     if len(A.shape) != 2:
         raise ValueError(f"A is {tuple(A.shape)}, expected a matrix (m, n)")
-    for name, value in (("k", k), ("seed", seed), ("max_passes", max_passes)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}, expected an integer")
-    if not 1 <= k <= min(A.shape):
-        raise ValueError(f"k is {k}, expected 1 <= k <= {min(A.shape)} (A is {tuple(A.shape)})")
     for name, choice, kind in (("which", which, Which), ("method", method, Method)):
         if choice not in get_args(kind):
             raise ValueError(f"{name} is {choice!r}, expected one of {', '.join(get_args(kind))}")
-    if max_passes < 1:
-        raise ValueError(f"max_passes is {max_passes}, expected at least 1")
     if isinstance(tol, str):
         if tol not in TOLERANCES:
             raise ValueError(f"tol is {tol!r}, expected a number or one of {', '.join(TOLERANCES)}")
         tol = TOLERANCES[tol]
+    if not isinstance(tol, (int, float)):
+        raise TypeError(f"tol is {tol!r}, expected a number or one of {', '.join(TOLERANCES)}")
     if not 0 < tol < 1:
         raise ValueError(f"tol is {tol!r}, expected 0 < tol < 1")
     if v0 is not None:
+        if not isinstance(v0, Tensor) or not v0.is_floating_point():
+            found = str(v0.dtype) if isinstance(v0, Tensor) else f"a {type(v0).__name__}"
+            raise TypeError(f"v0 is {found}, expected a tensor of floating-point numbers")
         if v0.dim() != 2 or v0.shape[0] != A.shape[1] or not 1 <= v0.shape[1] <= min(A.shape):
             raise ValueError(f"v0 is {tuple(v0.shape)}, expected ({A.shape[1]}, p) with 1 <= p <= {min(A.shape)}")
         if not bool(v0.isfinite().all()):

@@ -9,6 +9,7 @@ not converge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -19,7 +20,7 @@ from svdkern.linalg.exact import few_threads, with_signs
 from svdkern.linalg.krylov import leading
 from svdkern.linalg.operand import Operand
 from svdkern.linalg.precision import full_precision
-from svdkern.linalg.topk import topk_svd
+from svdkern.linalg.topk import check_dense, in_range, topk_svd
 
 _TOL = 1e-5
 _SMALL = 1024  # short side up to which the weighted matrix is made: the exact method takes it
@@ -68,14 +69,15 @@ def weighted_factors(
         u (K, r), sigma (r,), v (N, r): float32, or float64 for a float64 weight.
 
     Raises:
-        TypeError: weight is not floating-point.
+        TypeError: weight is not floating-point, or not dense.
         ValueError: a shape that does not fit, a scale that is not positive, a cov that is not symmetric or not positive
-            semidefinite, both col_scale and cov, r out of range, a NaN or an infinity.
+            semidefinite, both col_scale and cov, r out of range, a NaN or an infinity, a sigma that its dtype cannot hold.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight is {tuple(weight.shape)}, expected a matrix (N, K)")
     if not weight.is_floating_point():
         raise TypeError(f"weight is {weight.dtype}, expected float32, bfloat16, float16 or float64")
+    check_dense(weight, "weight")
     n, k = weight.shape
     if not 1 <= r <= min(n, k):
         raise ValueError(f"r is {r}, expected 1 <= r <= {min(n, k)} (weight is {tuple(weight.shape)})")
@@ -89,13 +91,15 @@ def weighted_factors(
         cols = _Diagonal(col_scale, k, "col_scale", weight) if cov is None else _Covariance(cov, k, damping, weight)
         found = _by_operators(weight, r, rows, cols) if which == "largest" else None
         if found is None:
-            matrix = cols.times(rows.times(weight.to(torch.float64)).t()).t().to(dtype)
-            p, sigma, q, _ = topk_svd(matrix, r, which=which, tol=_TOL)
+            matrix = cols.times(rows.times(weight.to(torch.float64)).t()).t()
+            power = max(-1000, min(1000, math.frexp(float(matrix.abs().max()))[1]))  # to 1/2 ... 1, which float32 holds
+            p, sigma, q, _ = topk_svd((matrix * 2.0**-power).to(dtype), r, which=which, tol=_TOL)
+            sigma = sigma.to(torch.float64) * 2.0**power
         else:
             p, sigma, q = found
         u, v = with_signs(cols.solve(q.to(torch.float64)), rows.solve(p.to(torch.float64)))
-    sigma = sigma.to(torch.float64) * (rows.unit * cols.unit)
-    return u.to(dtype).contiguous(), sigma.to(dtype), v.to(dtype).contiguous()
+    sigma = in_range(sigma.to(torch.float64) * (rows.unit * cols.unit), dtype, "weight")
+    return u.to(dtype).contiguous(), sigma, v.to(dtype).contiguous()
 
 
 class _Diagonal:
@@ -149,9 +153,9 @@ class _Covariance:
             if not bool(failed):
                 break
             if damping == 0 or damping * 2.0**doublings > 1:
-                raise ValueError(
-                    f"cov is not positive semidefinite, damped by {damping * 2.0**doublings:g} of its mean or not"
-                )
+                raise _indefinite(damping * 2.0**doublings)
+        else:
+            raise _indefinite(damping * 2.0 ** (_MOST_DOUBLINGS - 1))
         self.unit = float(damped.diagonal().max())
         self._wide = damped / self.unit
         self._single = self._wide.to(torch.float32)
@@ -161,6 +165,10 @@ class _Covariance:
 
     def solve(self, x: Tensor) -> Tensor:
         return torch.cholesky_solve(x, self._triangle)
+
+
+def _indefinite(damping: float) -> ValueError:
+    return ValueError(f"cov is not positive semidefinite, damped by {damping:g} of its mean or not")
 
 
 class _Weighted:
