@@ -5,8 +5,8 @@
 
 DIR is a causal language model saved by save_pretrained. A step is forward, penalty, backward, hooks and AdamW. One method at a
 time: the frozen model, ours and PEFT's, if it has the method, in turn in one process; peak memory in one process each. All have
-the same rank, but OSF (half of the triplets trains) and KIND (all do). Adds to bench/results/<machine>/methods.jsonl; ratios are
-to the frozen model of the same minutes.
+the same rank, but OSF (half of the triplets trains) and KIND (all do). OSF projects gradients and parameters, PEFT's gradients
+alone. Adds to bench/results/<machine>/methods.jsonl; ratios are to the frozen model of the same minutes.
 """
 
 from __future__ import annotations
