@@ -41,10 +41,16 @@ KERNELS_X86 = {
     "csrc/cpu/isa_avx512.cpp": f"{AVX512} -ffp-contract=fast",
     "csrc/cpu/isa_avx512_bf16.cpp": f"{AVX512} -mavx512bf16 -ffp-contract=fast",
     "csrc/cpu/isa_amx_bf16.cpp": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -ffp-contract=fast",
+    # The exact residual is defined by its roundings: no FMA.
+    "csrc/cpu/residual_baseline.cpp": "-msse4.2 -ffp-contract=off",
+    "csrc/cpu/residual_avx2.cpp": "-mavx2 -mfma -mf16c -ffp-contract=off",
+    "csrc/cpu/residual_avx512.cpp": f"{AVX512} -ffp-contract=off",
 }
-KERNELS_OTHER = {"csrc/cpu/isa_baseline.cpp": "-ffp-contract=fast"}
-# The exact residual is defined by its roundings: no FMA.
-KERNELS_COMMON = {"csrc/cpu/select.cpp": "", "csrc/cpu/residual.cpp": "-ffp-contract=off"}
+KERNELS_OTHER = {
+    "csrc/cpu/isa_baseline.cpp": "-ffp-contract=fast",
+    "csrc/cpu/residual_baseline.cpp": "-ffp-contract=off",
+}
+KERNELS_COMMON = {"csrc/cpu/select.cpp": ""}
 
 
 def kernel_sources() -> dict[str, str]:

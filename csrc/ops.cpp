@@ -274,7 +274,7 @@ Tensor cpu_residual(const Tensor& weight, const Tensor& u, const MaybeTensor& si
   p.scale = scale;
   Tensor out = empty_matrix(p.weight.dtype, p.weight.rows, p.weight.cols, false, p.out);
   p.parallel_for = parallel_for;
-  svdkern::residual(p);
+  kernels().residual(p);
   return out;
 }
 

@@ -138,7 +138,8 @@ struct EnergyParams {
   ParallelFor parallel_for = nullptr;
 };
 
-// out = weight - sum_i v_i (s sigma_i u_i)^T, in fp64 and in one fixed order: residual.cpp.
+// out = weight - sum_i v_i (s sigma_i u_i)^T, in fp64 and in one fixed order, so that every instruction set and device
+// gives the same bits: cpu/residual.h.                                            weight f32, bf16, f16 or f64
 struct ResidualParams {
   Matrix weight, u, v;
   Vector sigma;
@@ -158,6 +159,7 @@ struct Kernels {
   void (*linear)(const LinearParams&);
   void (*normal)(const NormalParams&);
   void (*energy)(const EnergyParams&);
+  void (*residual)(const ResidualParams&);
   void (*philox_bits)(uint64_t seed, uint64_t offset, int64_t row, int64_t octet0, int64_t octets, uint16_t* bits);
 };
 
@@ -171,8 +173,5 @@ int list_isas(Isa (&isas)[max_isas]);
 
 // The kernels named `forced`, or the best available where forced is null or empty; null where that one cannot run.
 const Kernels* select_kernels(const char* forced);
-
-// Same bits on every instruction set and device; weight f32, bf16, f16 or f64.
-void residual(const ResidualParams&);
 
 }  // namespace svdkern

@@ -186,6 +186,21 @@ def test_compiled_residual_has_the_bits_of_torch(
     assert torch.equal(strided, again)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_residual_rounds_values_of_any_size_as_torch_does(dtype: torch.dtype) -> None:
+    """Subnormals, ties, the way to infinity, and what is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = ((1 + torch.randint(0, 64, (size, 1), generator=generator) / 64) for size in (300, 301))
+    u *= torch.ldexp(torch.ones(300, 1), torch.arange(-150, 150).unsqueeze(1) // 2)
+    v *= torch.ldexp(torch.ones(301, 1), torch.arange(-150, 151).unsqueeze(1) // 2)
+    u[7], v[9], v[11] = float("inf"), float("nan"), 0.0
+    weight = torch.zeros(301, 300, dtype=dtype)
+    found, expected = exact_residual(weight, u, None, v), residual_in_torch(weight, u, None, v, 1.0)
+    assert torch.equal(found.isnan(), expected.isnan()) and bool(found.isinf().any())
+    numbers = ~expected.isnan()  # their zeros' signs, too
+    assert torch.equal(found[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.floats(allow_nan=False, width=64))
 def test_one_rounding_to_half_formats(value: float) -> None:

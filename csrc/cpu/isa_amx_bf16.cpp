@@ -4,6 +4,6 @@
 
 namespace svdkern {
 
-extern const Kernels amx_bf16_kernels = kernels_named("amx_bf16");
+extern const Kernels amx_bf16_kernels = kernels_named("amx_bf16", residual_avx512);
 
 }  // namespace svdkern

@@ -4,6 +4,6 @@
 
 namespace svdkern {
 
-extern const Kernels avx2_kernels = kernels_named("avx2");
+extern const Kernels avx2_kernels = kernels_named("avx2", residual_avx2);
 
 }  // namespace svdkern

@@ -4,6 +4,6 @@
 
 namespace svdkern {
 
-extern const Kernels avx512_kernels = kernels_named("avx512");
+extern const Kernels avx512_kernels = kernels_named("avx512", residual_avx512);
 
 }  // namespace svdkern

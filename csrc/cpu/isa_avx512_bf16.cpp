@@ -4,6 +4,6 @@
 
 namespace svdkern {
 
-extern const Kernels avx512_bf16_kernels = kernels_named("avx512_bf16");
+extern const Kernels avx512_bf16_kernels = kernels_named("avx512_bf16", residual_avx512);
 
 }  // namespace svdkern

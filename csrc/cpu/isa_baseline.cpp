@@ -5,9 +5,9 @@
 namespace svdkern {
 
 #if defined(__aarch64__)
-extern const Kernels baseline_kernels = kernels_named("neon");
+extern const Kernels baseline_kernels = kernels_named("neon", residual_baseline);
 #else
-extern const Kernels baseline_kernels = kernels_named("baseline");
+extern const Kernels baseline_kernels = kernels_named("baseline", residual_baseline);
 #endif
 
 }  // namespace svdkern

@@ -113,7 +113,7 @@ inline void backward_as(const BackwardParams& p) {
 }
 
 // The table of this file's instruction set; storage types are dispatched here, once a call.
-constexpr Kernels kernels_named(const char* name) {
+constexpr Kernels kernels_named(const char* name, void (*residual)(const ResidualParams&)) {
   return {
       name,
       [](const ForwardParams& p) { with_type(p.x.dtype, [&](auto t) { forward_as<decltype(t)>(p); }); },
@@ -124,6 +124,7 @@ constexpr Kernels kernels_named(const char* name) {
       [](const LinearParams& p) { with_type(p.a.dtype, [&](auto t) { linear_as<decltype(t)>(p); }); },
       [](const NormalParams& p) { with_type(p.a.dtype, [&](auto t) { normal_as<decltype(t)>(p); }); },
       [](const EnergyParams& p) { with_type(p.a.dtype, [&](auto t) { energy_as<decltype(t)>(p); }); },
+      residual,
       philox_bits,
   };
 }

@@ -116,7 +116,7 @@ def test_far_apart_rows_are_reached(kernels: ModuleType, isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("with_sigma", [False, True])
-def test_residual_is_the_definition_bit_for_bit(kernels: ModuleType, dtype: str, with_sigma: bool) -> None:
+def test_residual_is_the_definition_bit_for_bit(kernels: ModuleType, isa: str, dtype: str, with_sigma: bool) -> None:
     rng = np.random.default_rng(3)
     n, k, r = 37, 1030, 5
     store = (lambda a: a) if dtype == "float64" else (lambda a: to_storage(a, dtype))
@@ -127,7 +127,7 @@ def test_residual_is_the_definition_bit_for_bit(kernels: ModuleType, dtype: str,
     for pieces in (1, 3):
         kernels.set_pieces(pieces)
         out = exercise.unwritten((n, k), weight)
-        kernels.residual(weight, u, sigma, v, 0.3, out)
+        kernels.residual(isa, weight, u, sigma, v, 0.3, out)
         if dtype in ("float64", "float32", "float16"):
             assert np.array_equal(out, exact.astype(weight.dtype))
         else:

@@ -27,8 +27,9 @@ for isa, runs in kernels.isas():
             exercise.whole_layer(kernels, isa, dtype, "bfloat16", shape, layout, (), "plain", "columns")
             exercise.primitives(kernels, isa, dtype, "float16", (min(3 * shape[0], 99), shape[1], shape[3]), layout, drop)
     assert len(kernels.philox_bits(isa, 1, 2, 3, 4, 5)) == 40 if runs else True
-w = np.ones((3, 5), np.float16)
-kernels.residual(w, np.ones((5, 2), np.float32), None, np.ones((3, 2), np.float32), 1.0, w)
+    for dtype in [np.float16, np.float64] if runs else []:
+        w = np.ones((3, 37), dtype)
+        kernels.residual(isa, w, np.ones((37, 2), np.float32), None, np.ones((3, 2), np.float32), 1.0, w)
 print("clean")
 """
 
