@@ -295,6 +295,21 @@ std::tuple<Tensor, Tensor> cpu_normal(const Tensor& a, const Tensor& x, double s
   return {y, z};
 }
 
+Tensor cpu_gram(const Tensor& a) {
+  svdkern::GramParams p;
+  MaybeTensor keep;
+  p.a = streamable(a, "a", keep);
+  expect_type(p.a.dtype, DType::bf16, "a", "the units, bfloat16");
+  STD_TORCH_CHECK(kernels().gram != nullptr, "_cpu_gram needs the amx_bf16 kernels, these are ", kernels().name);
+  MutableMatrix view;
+  Tensor out = empty_matrix(DType::f32, p.a.cols, p.a.cols, false, view);
+  p.out = static_cast<float*>(view.data);
+  if (p.a.rows == 0) std::memset(p.out, 0, p.a.cols * p.a.cols * sizeof(float));
+  p.parallel_for = parallel_for;
+  kernels().gram(p);
+  return out;
+}
+
 double cpu_energy(const Tensor& a, double scale) {
   svdkern::EnergyParams p;
   MaybeTensor keep;
@@ -328,6 +343,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
       "Tensor");
   m.def("_cpu_residual(Tensor weight, Tensor u, Tensor? sigma, Tensor v, float scale) -> Tensor");
   m.def("_cpu_normal(Tensor a, Tensor x, float scale, bool rough) -> (Tensor, Tensor)");
+  m.def("_cpu_gram(Tensor a) -> Tensor");
   m.def("_cpu_energy(Tensor a, float scale) -> float");
   m.def(
       "_cuda_pack(Tensor first, Tensor(a!) first_out, bool first_rows, Tensor? second, Tensor(b!)? second_out, "
@@ -364,6 +380,7 @@ STABLE_TORCH_LIBRARY_IMPL(svdkern, CPU, m) {
   m.impl("_cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("_cpu_residual", TORCH_BOX(&cpu_residual));
   m.impl("_cpu_normal", TORCH_BOX(&cpu_normal));
+  m.impl("_cpu_gram", TORCH_BOX(&cpu_gram));
   m.impl("_cpu_energy", TORCH_BOX(&cpu_energy));
 }
 

@@ -138,6 +138,13 @@ struct EnergyParams {
   ParallelFor parallel_for = nullptr;
 };
 
+// out = a^T a (L, L), fp32, contiguous, on units that multiply bf16.            a (M, L) bf16 with one unit stride
+struct GramParams {
+  Matrix a;
+  float* out = nullptr;
+  ParallelFor parallel_for = nullptr;
+};
+
 // out = weight - sum_i v_i (s sigma_i u_i)^T, in fp64 and in one fixed order, so that every instruction set and device
 // gives the same bits: cpu/residual.h.                                            weight f32, bf16, f16 or f64
 struct ResidualParams {
@@ -160,6 +167,7 @@ struct Kernels {
   void (*normal)(const NormalParams&);
   void (*energy)(const EnergyParams&);
   void (*residual)(const ResidualParams&);
+  void (*gram)(const GramParams&);  // null where outer is as fast
   void (*philox_bits)(uint64_t seed, uint64_t offset, int64_t row, int64_t octet0, int64_t octets, uint16_t* bits);
 };
 

@@ -3,6 +3,7 @@
 
 #include "large_m.h"
 #include "normal.h"
+#include "gram_amx.h"
 #include "normal_amx.h"
 
 namespace svdkern {
@@ -112,6 +113,12 @@ inline void backward_as(const BackwardParams& p) {
   p.dy.rows <= few_rows<T> ? backward_of_few<T>(p) : backward_of_many<T>(p);
 }
 
+#if defined(__AMX_BF16__)
+constexpr void (*gram)(const GramParams&) = [](const GramParams& p) { GramPass(p).run(); };
+#else
+constexpr void (*gram)(const GramParams&) = nullptr;
+#endif
+
 // The table of this file's instruction set; storage types are dispatched here, once a call.
 constexpr Kernels kernels_named(const char* name, void (*residual)(const ResidualParams&)) {
   return {
@@ -125,6 +132,7 @@ constexpr Kernels kernels_named(const char* name, void (*residual)(const Residua
       [](const NormalParams& p) { with_type(p.a.dtype, [&](auto t) { normal_as<decltype(t)>(p); }); },
       [](const EnergyParams& p) { with_type(p.a.dtype, [&](auto t) { energy_as<decltype(t)>(p); }); },
       residual,
+      gram,
       philox_bits,
   };
 }

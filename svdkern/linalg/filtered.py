@@ -38,6 +38,7 @@ _MOST_SIDE_BFLOAT16 = 4096
 _MOST_SHARE = 3  # the space may have a third of the short side's columns
 _MOST_STEPS = 24
 _MOST_GROWTH = math.log(1e6)  # of the largest value over the smallest one in one filter: rounding grows with it
+_MARGIN = 6  # a degree too many costs less than another step
 _PLAIN = 2.0**80  # |A|_F^2 between its inverse and this: nothing overflows in float32, nothing vanishes
 _EPS = torch.finfo(torch.float32).eps
 
@@ -77,6 +78,10 @@ def leading_triplets(tall: Tensor, k: int, tol: float, seed: int) -> Triplets | 
     if not 1 / _PLAIN < energy < _PLAIN:
         return None
     x = torch.mm(product, _start(n, width, seed, product.device))
+    # A product costs a third of a look at the Ritz values, and the first of these tell more after three products than after one.
+    if 3 * math.log(float(torch.linalg.vector_norm(product)) * n / energy) <= _MOST_GROWTH:
+        for _ in range(2):
+            x = torch.mm(product, x / torch.linalg.vector_norm(x))
     ritz = _rayleigh_ritz(x, torch.mm(product, x))
     for step in range(_MOST_STEPS):
         if ritz is None or not float(ritz.values[k]) > 0:
@@ -97,7 +102,7 @@ def leading_triplets(tall: Tensor, k: int, tol: float, seed: int) -> Triplets | 
         if not bound > 0:
             return None
         slow, fast = (math.acosh(max(2 * value / bound - 1, 1 + 1e-9)) for value in (last, largest))
-        degree = min(12, math.ceil(math.log(2 * excess) / slow), int(_MOST_GROWTH / fast))
+        degree = min(12, math.ceil(math.log(_MARGIN * excess) / slow), int(_MOST_GROWTH / fast))
         x = _filter(product, ritz, bound, max(2, degree))
         ritz = _rayleigh_ritz(x, torch.mm(product, x))
     return None
@@ -121,14 +126,16 @@ class _Panels:
         yield self._only
 
     def _cast(self, panel: Tensor) -> tuple[Tensor, Tensor]:
-        narrow = panel if panel.dtype == torch.float32 else panel.contiguous()
-        return narrow, narrow.to(torch.float32)
+        return panel, panel.to(torch.float32)
 
 
 def _gram_matrix(panels: _Panels) -> Tensor:
     """``A^T A`` (n, n) in float32. Blocks of columns, from the diagonal down; what lies above is their mirror image."""
     n = panels.shape[1]
     units = _by_bfloat16_units(panels.tall)
+    if units and 1 in panels.tall.stride() and torch.ops.svdkern._cpu_isa() == "amx_bf16":
+        product: Tensor = torch.ops.svdkern._cpu_gram.default(panels.tall)
+        return product
     block = _BLOCK if not units else n if n <= _WHOLE_BFLOAT16 else _BLOCK_BFLOAT16
     out = torch.empty(n, n, dtype=torch.float32, device=panels.device)
     blocks = [(first, out[first:, first : first + block]) for first in range(0, n, block)]
@@ -139,7 +146,7 @@ def _gram_matrix(panels: _Panels) -> Tensor:
                 part.addmm_(wide[:, first:].t(), columns, beta=0 if i == 0 else 1)
                 continue
             # These units round their second operand to bfloat16, which changes no value here.
-            product = torch.ops.svdkern._cpu_outer.default(narrow[:, first:], columns, part, None, 0)
+            product = torch.ops.svdkern._cpu_outer.default(narrow.contiguous()[:, first:], columns, part, None, 0)
             part.copy_(product) if i == 0 else part.add_(product)
     for first, part in blocks:
         out[first : first + block, first + block :] = part[block:].t()

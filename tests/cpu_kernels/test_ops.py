@@ -347,3 +347,24 @@ def test_normal_product_refuses_what_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match="a has a dtype without kernels"):
         OPS._cpu_normal(torch.zeros(5, 4).double(), torch.zeros(4, 2), 1.0, False)
     assert OPS._cpu_energy(torch.tensor([[1.0, float("nan")]]), 1.0) != 0
+
+
+@pytest.mark.skipif("amx_bf16" not in OPS._cpu_isas(), reason="needs a CPU with amx_bf16")
+@pytest.mark.parametrize("layout", ["plain", "transposed", "offset", "no unit stride", "one row"])
+def test_gram_matrix(layout: str) -> None:
+    """a^T a: symmetric to the bit, the same with any number of threads."""
+    generator = torch.Generator().manual_seed(4)
+    before = torch.get_num_threads()
+    for m, length in itertools.product((0, 1, 29, 700, 1024), (1, 31, 32, 100, 257)):
+        a = _laid_out(torch.randn(m, length, generator=generator).bfloat16(), layout if m else "plain")
+        found = OPS._cpu_gram(a)
+        wide = a.double()
+        _close(found, wide.t() @ wide, (1 + m / 64) * wide.abs().t() @ wide.abs(), f"{m} {length}")
+        assert torch.equal(found, found.t())
+        try:
+            torch.set_num_threads(1)
+            assert torch.equal(OPS._cpu_gram(a), found)
+        finally:
+            torch.set_num_threads(before)
+    with pytest.raises(RuntimeError, match="a must have the dtype of the units, bfloat16"):
+        OPS._cpu_gram(torch.zeros(5, 4))
