@@ -1,9 +1,9 @@
 // The primitives on their own (shrink, outer, linear, dropout), and which kernels a number of rows takes.
 #pragma once
 
+#include "gram_amx.h"
 #include "large_m.h"
 #include "normal.h"
-#include "gram_amx.h"
 #include "normal_amx.h"
 
 namespace svdkern {

@@ -147,9 +147,8 @@ PYBIND11_MODULE(cpu_kernels_module, m) {
                      py::tuple dropout, py::object result) {
     kernels(isa).linear({in(a), in(w), in(z), in(f), vector_of(bias), dropout_of(dropout), out(result), split, pieces});
   });
-  m.def("residual",
-        [](const std::string& isa, py::object weight, py::object u, py::object sigma, py::object v, double scale,
-           py::object result) {
-          kernels(isa).residual({in(weight), in(u), in(v), vector_of(sigma), scale, out(result), split});
-        });
+  m.def("residual", [](const std::string& isa, py::object weight, py::object u, py::object sigma, py::object v,
+                       double scale, py::object result) {
+    kernels(isa).residual({in(weight), in(u), in(v), vector_of(sigma), scale, out(result), split});
+  });
 }
