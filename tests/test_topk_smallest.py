@@ -7,19 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from spectra import check, with_spectrum
+from spectra import check, indices, seeded, with_spectrum
 from torch import Tensor
 
 from svdkern.linalg import topk_svd
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def indices(n: int) -> Tensor:
-    return torch.arange(1, n + 1, dtype=torch.float64)
-
 
 MATRICES: dict[str, tuple[Callable[[], Tensor], int]] = {
     "square": (lambda: torch.randn(200, 200, generator=seeded(), dtype=torch.float64), 6),

@@ -37,6 +37,8 @@ def exact_residual(weight: Tensor, u: Tensor, sigma: Tensor | None, v: Tensor, s
             acc = acc - torch.outer(v[:, i].double(), a)
         residual = acc.to(weight.dtype)  # rounded once
 
+    One setting reaches it: under ``torch.set_flush_denormal(True)`` subnormal numbers count as 0.
+
     Args:
         weight: (N, K), float64, float32, bfloat16 or float16; never written to.
         u: (K, r). sigma: (r,), None means 1. v: (N, r). Any floating dtype, each its own.
