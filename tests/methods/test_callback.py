@@ -30,9 +30,9 @@ METHODS = [
 class Model(nn.Module):
     """The test net with the output that a Trainer expects."""
 
-    def __init__(self, config: Method) -> None:
+    def __init__(self, config: Method, n: int = 9) -> None:
         super().__init__()
-        self.net = net()
+        self.net = net(n=n)
         torch.manual_seed(0)
         svdkern.adapt(self.net, config, rank=3, data=data_for(config))
 
@@ -121,10 +121,10 @@ def test_a_trainer_saves_checkpoints_and_resumes_from_one(method: str, tmp_path:
     """Methods whose layers hold one tensor twice, or share one: safetensors takes neither."""
     from svdkern.integrations.transformers import MethodCallback
 
-    samples = [{"x": x, "labels": y} for x, y in zip(*(batch()[name] for name in ("x", "target")), strict=True)]
+    samples = [{"x": x, "labels": y} for x, y in zip(*(batch(n=12)[name] for name in ("x", "target")), strict=True)]
 
     def trained(steps: int, resume: bool) -> Model:
-        model = Model(configured(method))
+        model = Model(configured(method), n=12)  # both layers have the shape that RandLoRA's share bases by
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path), max_steps=steps, report_to=[], save_steps=2, use_cpu=True, disable_tqdm=True, seed=3,
             remove_unused_columns=False, lr_scheduler_type="constant", learning_rate=0.01,
@@ -139,4 +139,4 @@ def test_a_trainer_saves_checkpoints_and_resumes_from_one(method: str, tmp_path:
     resumed = trained(4, True)
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert not torch.equal(whole.net.up.sigma, Model(configured(method)).net.up.sigma)
+    assert not torch.equal(whole.net.up.sigma, Model(configured(method), n=12).net.up.sigma)
