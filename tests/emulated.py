@@ -23,6 +23,10 @@ OUTPUTS = {
     "backward_kernel": ("dx", "dsigma", "dcore", "dscale", "dgate", "du", "dv", "dbias"),
     "reduce_kernel": ("out",),
     "gram_kernel": ("partial",),
+    "sketch_kernel": ("out",),
+    "residual_kernel": ("out",),
+    "normal_kernel": ("partial",),
+    "parts_kernel": ("out", "parts"),
 }
 # written and read by tiles of one launch; everything else is read alone
 BETWEEN = ("control", "z", "q", "sigmas", "cores", "scales", "u_sum", "v_sum", "bias_sum")
