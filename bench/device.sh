@@ -9,7 +9,7 @@
 #   REHEARSE=1 bash bench/device.sh                         the same code on the CPU with tiny sizes, to test this file
 #
 # Stages, in order, each with a time limit and a log of its own: environment, build, doctor, tests (each kernel against
-# fp64), accuracy, ceilings, linear, graphs, memory, compile, plots. Only where STAGES names it: tune, which takes the ten minutes for
+# fp64), accuracy, ceilings, linear, graphs, memory, compile, svd, plots. Only where STAGES names it: tune, which takes the ten minutes for
 # itself; what it has measured is in triton_tiles.json among the parts. A stage that fails or runs out of time is written down
 # and the rest goes on; the exit status says whether all went well. A provider whose result is wrong is not timed, its row says
 # why.
@@ -28,7 +28,7 @@ REHEARSE=${REHEARSE:-}
 TOTAL_SECONDS=${TOTAL_SECONDS:-570}
 if [ -n "${SYSTEM:-}" ]; then PYTHON=${PYTHON:-python3}; else PYTHON=${PYTHON:-.venv/bin/python}; fi
 [ -n "${STAGES:-}" ] || rm -rf "$PARTS" # all of them: nothing of an earlier run counts
-ALL="environment build doctor tests accuracy ceilings linear graphs memory compile plots"
+ALL="environment build doctor tests accuracy ceilings linear graphs memory compile svd plots"
 STAGES=${STAGES:-$ALL}
 mkdir -p "$OUT" "$PARTS"
 touch "$PARTS/stages.tsv"
@@ -37,6 +37,7 @@ if [ -n "$REHEARSE" ]; then
   DEVICE=cpu
   SHAPES="64x128x96x8 1x128x128x8"
   ACCURACY_SHAPES="16x64x48x4"
+  SVD_SHAPES="64x48"
   SECONDS_A_GROUP=0.2
   KERNELS=""
   TUNE_SHAPES="8x64x64x4"
@@ -49,6 +50,7 @@ else
           1024x1536x576x16 1x4096x4096x16 16x4096x4096x16 4x64x64x4"
   GRAPH_SHAPES="8192x4096x4096x16 8192x4096x4096x128 1x4096x4096x16 16x4096x4096x16" # what roofline.py predicts
   ACCURACY_SHAPES="512x1024x1024x16 512x1024x1024x128 4x4096x1024x16"
+  SVD_SHAPES="4096x4096 14336x4096"
   SECONDS_A_GROUP=1.5
   KERNELS="svdkern-triton svdkern-cuda"
   # r = 16 first: compiling is most of the time, and layers of one R and dtype share what is compiled.
@@ -132,6 +134,7 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
   stage memory 60 "$PYTHON" -m svdkern bench memory --device "$DEVICE" --dtypes bf16 --shapes ${SHAPES%% *}
   stage compile 60 "$PYTHON" -m svdkern bench linear --device "$DEVICE" --shapes ${SHAPES%% *} --dtypes bf16 \
     --seconds "$SECONDS_A_GROUP" --providers frozen eager svdkern $KERNELS --compile
+  stage svd 60 "$PYTHON" -m svdkern bench svd_kernels --device "$DEVICE" --shapes $SVD_SHAPES --dtypes bf16 fp32
   # It begins nothing new after TUNE_SECONDS; what is left is for the candidates that it has begun.
   stage tune $((TUNE_SECONDS + 90)) "$PYTHON" -m svdkern tune --device "$DEVICE" --shapes $TUNE_SHAPES --dtypes bfloat16 \
     --seconds "$SECONDS_A_GROUP" --stop-after "$TUNE_SECONDS" --out "$PARTS/triton_tiles.json"

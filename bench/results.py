@@ -42,6 +42,7 @@ CASE = {  # what names a case, bench by bench, provider included
     "init_model": ("provider", "dtype", "model", "r"),
     "init_memory": ("provider", "dtype", "model", "blocks", "r"),
     "topk": ("provider", "dtype", "matrix", "which", "N", "K", "r"),
+    "svd_kernels": ("provider", "dtype", "kernel", "N", "K", "r"),
     "ceilings": ("provider", "dtype"),
     "blocks": ("provider", "dtype", "value", "M", "K", "N", "r"),
 }
@@ -56,6 +57,7 @@ MEASURED = {
     "init_model": ("layers", *TIMING, "err_sigma", "same_again", "seed"),
     "init_memory": (*TIMING, "extrapolated_s", "peak_memory_mb", "seed"),
     "topk": (*TIMING, "err_sigma", "seed"),
+    "svd_kernels": (*TIMING, "err", "seed"),
     "ceilings": ("value", "unit"),
     "blocks": ("what", "shipped", "ratio_to_shipped", *TIMING),
 }

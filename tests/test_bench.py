@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import accuracy, blocks, ceilings, init, linear, machine, memory, results, topk  # noqa: E402
+from bench import accuracy, blocks, ceilings, init, linear, machine, memory, results, svd_kernels, topk  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.providers import DTYPES  # noqa: E402
 from svdkern import bench_command, cli  # noqa: E402
@@ -142,6 +142,29 @@ def test_topk_has_the_error_of_every_way(tmp_path: Path) -> None:
     rows = {(r["provider"], r["matrix"]): r for r in results.read_jsonl(tmp_path / "smallest.jsonl")}
     assert rows["svdkern, tol=accurate", "head"]["err_sigma"] < 1e-4
     assert rows["sklearn", "head"]["status"] == "skipped"
+
+
+def test_svd_kernels_has_both_ways_of_each(tmp_path: Path) -> None:
+    out = tmp_path / "svd_kernels.jsonl"
+    arguments = [
+        "--shapes",
+        "60x50",
+        "--ranks",
+        "4",
+        "--seconds",
+        "0.01",
+        "--device",
+        "cpu",
+        "--dtypes",
+        "bf16",
+        "fp32",
+    ]
+    assert svd_kernels.main([*arguments, "--out", str(out)]) == 0
+    rows = {(r["provider"], r["kernel"], r["dtype"]): r for r in results.read_jsonl(out)}
+    assert len(rows) == 2 * 3 * 2
+    for (provider, _, _), row in rows.items():
+        assert row["status"] == ("ok" if provider == "torch" else "skipped")
+        assert row["err"] == (0 if provider == "torch" else None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")

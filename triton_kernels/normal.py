@@ -117,7 +117,7 @@ def parts_kernel(partial, splits, rows, b, out, parts, WIDE: tl.constexpr, BLOCK
     inside = (row < rows) & (column < b)
     total = tl.load(partial + row * b + column, mask=inside, other=0.0)
     for i in range(1, splits):
-        total += tl.load(partial + (i * rows.to(tl.int64) + row) * b + column, mask=inside, other=0.0)
+        total += tl.load(partial + (i.to(tl.int64) * rows + row) * b + column, mask=inside, other=0.0)
     if out is not None:
         tl.store(out + row * b + column, total, mask=inside)
     to = parts + row * (3 * WIDE) + column
@@ -171,16 +171,20 @@ def _sum(partial: Tensor) -> Tensor:
 
 
 def product(a: Tensor, x: Tensor, scale: float) -> Tensor:
-    """``scale a x``, nothing empty."""
+    """``scale a x``."""
     b = x.shape[1]
+    if not (a.numel() and b):
+        return torch.zeros(a.shape[0], b, dtype=torch.float32, device=a.device)
     shape = tile(a.dtype, b)
     parts = by_parts(x.contiguous().unsqueeze(0), shape, None)
     return _sum(partial_product(a, parts, b, scale, shape, False))
 
 
 def both(a: Tensor, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``y = scale a x`` and ``z = scale a^T y``, nothing empty."""
+    """``y = scale a x`` and ``z = scale a^T y``."""
     b = x.shape[1]
+    if not (a.numel() and b):
+        return product(a, x, scale), product(a.t(), x, scale)
     shape = tile(a.dtype, b)
     partial = partial_product(a, by_parts(x.contiguous().unsqueeze(0), shape, None), b, scale, shape, False)
     y = torch.empty(a.shape[0], b, dtype=torch.float32, device=a.device)

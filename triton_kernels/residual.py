@@ -39,8 +39,8 @@ def round_once(x, T: tl.constexpr):
     if T == tl.bfloat16 or T == tl.float16:
         back = single.to(tl.float64)
         bits = single.to(tl.int32, bitcast=True)
-        bits = (bits - (tl.abs(back) > tl.abs(x)).to(tl.int32)) | (back != x).to(tl.int32)
-        single = tl.where(x == x, bits.to(tl.float32, bitcast=True), single)
+        bits = (bits - (tl.abs(back) > tl.abs(x)).to(tl.int32)) | (back != x).to(tl.int32)  # a NaN stays one
+        single = bits.to(tl.float32, bitcast=True)
     return single.to(T)
 
 

@@ -63,6 +63,11 @@ def _switch(variable: str) -> bool:
     return value == "1"
 
 
+def named() -> str | None:
+    """The backend that ``SVDKERN_BACKEND`` names."""
+    return _environment.backend
+
+
 def strict() -> bool:
     """Whether ``SVDKERN_STRICT=1`` is in force."""
     return _environment.strict

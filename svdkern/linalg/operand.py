@@ -3,7 +3,8 @@
 On the CPU both products of a step come from one read of the matrix (``csrc/cpu/normal.h``) where that is faster than the
 BLAS: always for half precision, for float32 up to a width that was measured. Wider blocks, float64 and other devices go to
 the BLAS as they are; the scale, a power of two, is applied to the product, which is exact. What is left (two strides, values
-near the ends of the range) is read panel by panel: a few MB at a time are cast, scaled and multiplied.
+near the ends of the range) is read panel by panel: a few MB at a time are cast, scaled and multiplied. On a GPU under
+``SVDKERN_BACKEND=triton`` the products are those of ``triton_kernels/normal.py``, for any dtype but float64.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from svdkern.backends import extension
+from svdkern.backends import extension, triton_svd
 
 _MEASURE_ELEMENTS = 1 << 15  # float64 elements: 256 KB, one core's cache (12 ms at 4096 x 4096; 20 ms with 2 MB)
 _PANEL_ELEMENTS = 1 << 20  # elements of the working dtype: 4 MB of float32
@@ -82,6 +83,9 @@ class Operand:
         self.passes = 0
         self._plain = matrix.dtype == self.dtype and dense and abs(self.power) <= _PLAIN[self.dtype]
         self._has_kernel = self._has_kernel and abs(self.power) <= _SCALED
+        self._by_triton = (
+            dense and self.dtype == torch.float32 and abs(self.power) <= _SCALED and triton_svd.is_asked_for(matrix)
+        )
         self.has_rough = (
             self._has_kernel
             and matrix.dtype != torch.float16
@@ -93,6 +97,8 @@ class Operand:
 
     def times(self, x: Tensor) -> Tensor:
         self.passes += 1
+        if self._by_triton:
+            return triton_svd.product(self.matrix, x, self.factor)
         if self._plain:
             return self._product(self.matrix, x)
         out = x.new_zeros(self.rows, x.shape[1])
@@ -105,6 +111,8 @@ class Operand:
 
     def transposed(self, y: Tensor) -> Tensor:
         self.passes += 1
+        if self._by_triton:
+            return triton_svd.product(self.matrix.t(), y, self.factor)
         if self._plain:
             return self._product(self.matrix.t(), y)
         out = y.new_zeros(self.columns, y.shape[1])
@@ -123,6 +131,9 @@ class Operand:
         if self._has_kernel and (not self._plain or x.shape[1] <= most):
             self.passes += 2
             return torch.ops.svdkern._cpu_normal.default(self.matrix, x, self.factor, False)
+        if self._by_triton:
+            self.passes += 2
+            return triton_svd.both(self.matrix, x, self.factor)
         if self._plain or not self._by_rows:
             y = self.times(x)
             return y, self.transposed(y)

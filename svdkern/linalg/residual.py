@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdkern.backends import extension
+from svdkern.backends import extension, triton_svd
 
 _CACHE_ELEMENTS = 1 << 15  # float64 elements of a row panel on the CPU: two of them stay in the L2 of one core
 _DEVICE_ELEMENTS = 1 << 23  # elsewhere: enough to fill the device, 128 MB of temporaries
@@ -49,6 +49,9 @@ def exact_residual(weight: Tensor, u: Tensor, sigma: Tensor | None, v: Tensor, s
     """
     if _has_kernel(weight, u, sigma, v):
         return torch.ops.svdkern._cpu_residual.default(weight, u, sigma, v, scale)
+    if weight.dtype in _KERNEL_WEIGHTS and triton_svd.has_same_bits(weight.device):
+        rows, columns = float64_factors(u, sigma, v, scale)
+        return triton_svd.residual(weight, columns, rows)
     return residual_in_torch(weight, u, sigma, v, scale)
 
 
@@ -65,11 +68,7 @@ def _has_kernel(weight: Tensor, u: Tensor, sigma: Tensor | None, v: Tensor) -> b
 def residual_in_torch(weight: Tensor, u: Tensor, sigma: Tensor | None, v: Tensor, scale: float) -> Tensor:
     """``exact_residual`` in plain PyTorch: multiply, then subtract, two operations that no compiler fuses."""
     n, k = weight.shape
-    modulation = torch.full((u.shape[1],), scale, dtype=torch.float64, device=u.device)
-    if sigma is not None:
-        modulation *= sigma.to(torch.float64)
-    rows = (u.to(torch.float64) * modulation).t().contiguous()  # (r, K): row i is a_i
-    columns = v.to(torch.float64).t().contiguous()  # (r, N)
+    rows, columns = float64_factors(u, sigma, v, scale)
     out = torch.empty(n, k, dtype=weight.dtype, device=weight.device)
     height = max(1, (_CACHE_ELEMENTS if weight.device.type == "cpu" else _DEVICE_ELEMENTS) // max(k, 1))
     product = torch.empty(min(height, n), k, dtype=torch.float64, device=weight.device)
@@ -81,6 +80,16 @@ def residual_in_torch(weight: Tensor, u: Tensor, sigma: Tensor | None, v: Tensor
             panel.sub_(part)
         out[start : start + height] = _round_once(panel, weight.dtype)
     return out
+
+
+def float64_factors(u: Tensor, sigma: Tensor | None, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(r, K), whose row i is a_i, and (r, N), whose row i is v_i."""
+    modulation = torch.full((u.shape[1],), scale, dtype=torch.float64, device=u.device)
+    if sigma is not None:
+        modulation *= sigma.to(torch.float64)
+    rows = (u.to(torch.float64) * modulation).t().contiguous()
+    columns = v.to(torch.float64).t().contiguous()
+    return rows, columns
 
 
 def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:

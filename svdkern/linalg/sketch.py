@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from svdkern.backends import triton_svd
 from svdkern.backends.philox import philox4x32
 
 _LOW = 0xFFFFFFFF
@@ -25,6 +26,15 @@ _CHUNK_ELEMENTS = 1 << 15  # int64 words made at a time
 
 def sketch(rows: int, columns: int, *, seed: int, first: int = 0, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, columns) of +-1: columns ``first ... first + columns - 1`` of the endless matrix that ``seed`` names."""
+    if triton_svd.has_same_bits(device):
+        return triton_svd.sketch(rows, columns, seed=seed, first=first, dtype=dtype, device=device)
+    return sketch_in_torch(rows, columns, seed=seed, first=first, dtype=dtype, device=device)
+
+
+def sketch_in_torch(
+    rows: int, columns: int, *, seed: int, first: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``sketch`` in plain PyTorch."""
     column = torch.arange(first, first + columns, device=device)
     first_group = first // 128
     group = torch.arange(first_group, (first + max(columns, 1) - 1) // 128 + 1, device=device)
