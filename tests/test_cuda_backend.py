@@ -113,10 +113,16 @@ def check_layer(case: dict, record: Callable[[str, object], None] | None = None)
 @with_kernels
 @pytest.mark.parametrize(
     "case",
-    cover(LAYERS) + cover(LAYERS | ADVERSE) + cover(LAYERS | FLOAT) + cover(LAYERS | FEW),
+    cover(LAYERS) + cover(LAYERS | ADVERSE) + cover(LAYERS | FLOAT),
     ids=case_name,
 )
 def test_a_layer_is_right_under_every_adversity(case: dict, record_property: Callable[[str, object], None]) -> None:
+    check_layer(case, record_property)
+
+
+@with_kernels
+@pytest.mark.parametrize("case", cover(LAYERS | FEW), ids=case_name)
+def test_a_layer_of_few_rows(case: dict, record_property: Callable[[str, object], None]) -> None:
     check_layer(case, record_property)
 
 

@@ -90,7 +90,8 @@ def test_no_kernel_spills_and_each_keeps_to_its_registers() -> None:
     compiler, _, archs = torch.ops.svdkern._cuda_build().partition(": ")
     assert {arch for _, arch in usage()} == set(archs.replace("+ptx", "").split())
     names = {name.partition("<")[0] for name, _ in usage()}
-    assert names == {"pack_kernel", "shrink_kernel", "outer_kernel", "linear_kernel"}
+    few = {"small_shrink_kernel", "small_linear_kernel"}
+    assert names == few | {"pack_kernel", "shrink_kernel", "outer_kernel", "linear_kernel"}
     seen = {}
     for (name, arch), counts in usage().items():
         assert counts["LOCAL"] == 0 and counts["STACK"] == 0, f"{name} sm_{arch} spills: {counts}"
@@ -107,6 +108,9 @@ def test_the_instructions_are_the_intended_ones() -> None:
     for (name, arch), found in mnemonics().items():
         where = f"{name} sm_{arch}"
         assert not [m for m in found if m.startswith(("LDL", "STL"))], where
+        if name.startswith("small_shrink_kernel"):
+            assert any(m.startswith("FFMA") for m in found) and any(m.startswith("LDG.E.128") for m in found), where
+            continue
         if name.startswith("pack_kernel"):
             assert any(m.startswith("STG.E.128") for m in found), where
             continue
@@ -167,6 +171,33 @@ def test_memory_is_moved_in_whole_sectors_and_with_few_bank_conflicts(dtype: str
         assert launch.shared <= SMALLEST_SHARED
     assert len(seen) == 4
     hold(seen)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 16, 32])
+def test_few_rows_read_w_once_in_whole_sectors_without_bank_conflicts(dtype: str, rows: int) -> None:
+    """Sectors that the copies move: those of w once, those of a for every 64 columns, and no more."""
+    of, r = DTYPES[dtype], 16
+    a, sums = torch.ones(rows, 512, dtype=of), torch.empty(2, rows, r)
+    for weight in (torch.ones(128, 512, dtype=of).t(), torch.ones(512, 128, dtype=of)):
+        for factor in (torch.ones(512, r), torch.ones(r, 512).t()):
+            y, partial, counters = torch.empty(rows, 128, dtype=of), torch.empty(3, rows, 128), torch.zeros(2).int()
+            how = CudaEmulation(statistics={})
+            how.call("small_shrink", a, factor, None, 0, sums, counters)
+            how.call(
+                "small_linear", a, weight, sums, factor[:128], torch.ones(r), None, None, False, None, 1.0, None, None, 0,
+                None, None, y, partial, counters,
+            )  # fmt: skip
+            assert how.statistics is not None
+            for launch in how.launches:
+                counts = how.statistics[launch.kernel]
+                assert launch.shared <= SMALLEST_SHARED
+                assert (counts.wasted_sectors(), counts.conflicts()) == (0, 0), launch.kernel
+            accesses = how.statistics["small_linear_kernel"].accesses.values()
+            copied = sum(access.sectors for access in accesses if access.text.startswith("cp.async"))
+            assert copied == (weight.nbytes + 2 * a.nbytes) // 32
+            assert all(access.bytes % 512 == 0 for access in accesses if "cache_hint" in access.text)  # 16 bytes a lane
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

@@ -89,11 +89,39 @@ def run_linear(how: CudaEmulation) -> list[Tensor]:
     return outs
 
 
+def run_small_shrink(how: CudaEmulation) -> list[Tensor]:
+    """Two slices of two parts and of one, two tiles of ranks; tails of all, dropout."""
+    generator = torch.Generator().manual_seed(5)
+    a, factor = torch.randn(3, 700, generator=generator).to(BF16), torch.randn(700, 19, generator=generator)
+    sums, control = unset(2, 3, 19), torch.full((300,), 7, dtype=torch.int32)
+    how.call("small_shrink", a, factor, RNG, 6554, sums, control)
+    return [sums, control]
+
+
+def run_small_linear(how: CudaEmulation) -> list[Tensor]:
+    """Both orientations of w: two tiles, three splits of K of eight, eight and one steps for four warps, the adapter's; dropout."""
+    m, k, n, r = 3, 1032, 72, 17
+    generator = torch.Generator().manual_seed(6)
+    a, w = torch.randn(m, k, generator=generator).to(BF16), torch.randn(n, k, generator=generator).to(BF16)
+    sums, factor = torch.randn(2, m, r, generator=generator), torch.randn(n, r, generator=generator)
+    sigma, bias, outs = torch.rand(r, generator=generator), torch.randn(n, generator=generator).to(BF16), []
+    for weight, threshold in ((w.t(), 0), (w.t().contiguous(), 6554)):
+        outs += [unset(m, n, dtype=BF16), unset(m, r), unset(m, 32, dtype=BF16)]
+        y, h, z = outs[-3:]
+        how.call(
+            "small_linear", a, weight, sums, factor, sigma, None, None, False, None, 0.5, bias, RNG, threshold, h, z, y,
+            unset(4, m, n), torch.zeros(2, dtype=torch.int32),
+        )  # fmt: skip
+    return outs
+
+
 RUNS = {
     "pack.cu": ("pack_kernel", run_pack),
     "shrink.cu": ("shrink_kernel", run_shrink),
     "outer.cu": ("outer_kernel", run_outer),
     "linear.cu": ("linear_kernel", run_linear),
+    "small_shrink.cu": ("small_shrink_kernel", run_small_shrink),
+    "small_linear.cu": ("small_linear_kernel", run_small_linear),
 }
 
 MUTANTS = {
@@ -184,6 +212,57 @@ MUTANTS = {
         "linear.cu", "  __syncthreads();\n  const bool aligned", "  const bool aligned", "Race Uninitialised", "race"),
     "linear: tiles beyond a group of rows": Mutant(
         "params.h", "first + within % rows", "first + within % height", "bits BadAddress"),
+    # small_shrink.cu
+    "small_shrink: no barrier before the tiles are read": Mutant(
+        "small_shrink.cu", "    __syncthreads();\n#pragma unroll\n    for (int k", "#pragma unroll\n    for (int k",
+        "Race Uninitialised", "race"),
+    "small_shrink: the tiles are overwritten before all have read them": Mutant(
+        "small_shrink.cu", "__syncthreads();  // the tiles are read to their end", "", "Race", "race"),
+    "small_shrink: no barrier between warps' sums and who adds them": Mutant(
+        "small_shrink.cu", "  __syncthreads();\n  for (int i = threadIdx.x; i < p.rows * ranks",
+        "  for (int i = threadIdx.x; i < p.rows * ranks", "Race Uninitialised", "race"),
+    "small_shrink: a slice reads into the next": Mutant("small_shrink.cu", "min(begin + each, p.width)", "p.width", "bits"),
+    "small_shrink: the mask is that of the slice's own columns": Mutant(
+        "small_shrink.cu", "drop<T>(chunk.bits, row, k0 + k)", "drop<T>(chunk.bits, row, k)", "bits"),
+    "small_shrink: ranks past r are read": Mutant("small_shrink.cu", " && rank0 + rank < f.cols;", ";", "BadAddress bits"),
+    "small_shrink: half of a rank's threads": Mutant(
+        "small_shrink.cu", "acc[row] + __shfl_xor_sync(~0u, acc[row], ranks)", "acc[row]", "bits"),
+    "small_shrink: D has no factor": Mutant("small_shrink.cu", "sum * p.keep_scale", "sum", "bits"),
+    "small_shrink: a counter is left over": Mutant("small_shrink.cu", "i < p.counters; i", "i < p.counters - 1; i", "bits"),
+    # small_linear.cu
+    "small_linear: a copy is waited for one group late": Mutant(
+        "small_linear.cu", "cp_async_wait_group<stages - 1>", "cp_async_wait_group<stages>",
+        "StillInFlight Uninitialised", "late"),
+    "small_linear: the stage that is read is one off": Mutant(
+        "small_linear.cu", "const unsigned char* stage = ring + step % stages",
+        "const unsigned char* stage = ring + (step + 1) % stages", "bits Uninitialised StillInFlight"),
+    "small_linear: a warp takes its neighbour's steps": Mutant(
+        "small_linear.cu", "(first + step * warps) * depth", "(first + step) * depth", "bits"),
+    "small_linear: the last steps belong to no split": Mutant(
+        "small_linear.cu", "each = ceil_div(all, pieces)", "each = all / pieces", "bits"),
+    "small_linear: the stages are overwritten with sums before all have read them": Mutant(
+        "small_linear.cu", "__syncthreads();  // the stages are free", "", "Race", "race"),
+    "small_linear: no barrier between warps' sums and who adds them": Mutant(
+        "small_linear.cu", "warp_bytes), acc);\n  __syncthreads();", "warp_bytes), acc);", "Race Uninitialised", "race"),
+    "small_linear: no barrier between h and z": Mutant(
+        "small_linear.cu", "    __syncthreads();\n    for (int row = warp", "    for (int row = warp",
+        "Race Uninitialised", "race"),
+    "small_linear: no barrier between z and its product": Mutant(
+        "small_linear.cu", "    __syncthreads();\n    const int mine", "    const int mine", "Race Uninitialised", "race"),
+    "small_linear: a slice of h too few": Mutant("small_linear.cu", "slice < p.slices;", "slice < p.slices - 1;", "bits"),
+    "small_linear: a slice of R too few": Mutant(
+        "small_linear.cu", "row_elements<T>;\n    if (mine", "row_elements<T> - 1;\n    if (mine", "bits"),
+    "small_linear: the adapter is a piece of K too": Mutant(
+        "small_linear.cu", "split - adapter, p.splits", "split, p.splits", "bits"),
+    "small_linear: the mask falls on K's sums too": Mutant(
+        "small_linear.cu", "if (split < adapter && philox.threshold)", "if (philox.threshold)", "bits"),
+    "small_linear: the mask takes the wrong half": Mutant("small_linear.cu", "column % 2 ? word", "column % 2 == 0 ? word", "bits"),
+    "small_linear: columns past the last are stored": Mutant(
+        "small_linear.cu", "if (column0 + column < p.columns) what", "what", "BadAddress bits"),
+    "small_linear: columns past the last are read": Mutant(
+        "small_linear.cu", "row0 + row < from.rows ? left", "true ? left", "BadAddress"),
+    "small_linear: h is written by no tile": Mutant(
+        "small_linear.cu", "p.h && blockIdx.x == 0", "p.h && blockIdx.x == 1000", "bits"),
     # splits.h: what stands between CTAs
     "splits: the counter releases nothing": Mutant(
         "ptx/atom.h", "atom.acq_rel.gpu", "atom.relaxed.gpu", "bits", "adversarial"),
@@ -222,7 +301,8 @@ def mutated(mutant: Mutant, main: str) -> str:
     source = folder / main
     source.write_text(
         re.sub(
-            r"if \(p\.r <= (?:32|64)\) return .*;|return launch_as<T, \w+_ranks>.*;|return launch_as<T, 128, 128>.*;",
+            r"if \(p\.r <= (?:32|64)\) return .*;|return launch_as<T, \w+_ranks>.*;|return launch_as<T, 128, 128>.*;"
+            r"|if \(p\.rows <= 16\) .*;|return launch_as<T, small_rows>.*;",
             "",
             source.read_text(),
         )

@@ -328,7 +328,8 @@ cudaError_t small_linear_launch(const SmallLinearParams& p, cudaStream_t stream)
   return by_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
     if (p.rows <= 8) return launch_as<T, 8>(p, stream);
-    return p.rows <= 16 ? launch_as<T, 16>(p, stream) : launch_as<T, small_rows>(p, stream);
+    if (p.rows <= 16) return launch_as<T, 16>(p, stream);
+    return launch_as<T, small_rows>(p, stream);
   });
 }
 

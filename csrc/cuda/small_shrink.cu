@@ -135,7 +135,8 @@ cudaError_t launch_as(const SmallShrinkParams& p, cudaStream_t stream) {
 cudaError_t small_shrink_launch(const SmallShrinkParams& p, cudaStream_t stream) {
   return by_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    return p.rows <= 8 ? launch_as<T, 8>(p, stream) : launch_as<T, small_rows>(p, stream);
+    if (p.rows <= 8) return launch_as<T, 8>(p, stream);
+    return launch_as<T, small_rows>(p, stream);
   });
 }
 
