@@ -19,9 +19,18 @@ from pathlib import Path
 from bench import results
 from bench.cases import Case
 from bench.results import Row
+from bench.roofline import FEW_ROWS
 
 DESIGNS = {  # of providers, by device
-    "cuda": {"frozen": "frozen", "eager": "eager", "addmm": "unfused", "peft_default": "peft", "svdkern": "persistent"},
+    "cuda": {
+        "frozen": "frozen",
+        "eager": "eager",
+        "addmm": "unfused",
+        "peft_default": "peft",
+        "svdkern": "persistent",
+        "svdkern-triton": "persistent",
+        "svdkern-cuda": "split",
+    },
     "cpu": {"frozen": "frozen", "eager": "eager", "addmm": "steps", "peft_default": "peft", "svdkern": "fused"},
 }
 
@@ -37,6 +46,8 @@ def confirm(predictions: Iterable[Row], measured: Iterable[Row]) -> str:
     lines = [form.format("shape", "dtype", "mode", "provider", "design", "predicted ms", "measured ms", "p/m")]
     for row in results.latest(row for row in measured if row["bench"] == "linear"):
         design = DESIGNS[row["device"]].get(row["provider"])
+        if row["provider"] == "svdkern-cuda" and row["M"] <= FEW_ROWS:
+            design = "few"
         sizes = [row[field] for field in "MKNr"]
         mode, graph, _ = row["mode"].partition("_graph")
         if bool(graph) != (row["device"] == "cuda"):

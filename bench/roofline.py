@@ -46,6 +46,7 @@ from bench.cases import DTYPES, MODES, SETS, Case
 
 MODEL = 2  # version of the equations: a stored prediction names the one it comes from
 OWN_SHARE = 0.9  # of the FMA peak, what the packed product of the CPU backend is expected to reach
+FEW_ROWS = 32  # up to which a GPU's backends have kernels of their own
 SIZES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
 
 
@@ -228,6 +229,17 @@ class Pass:
         found = [launch(bm, bn) for bm, bn in self.tiles() if bn > r]
         return [*self.casts(1), min(found, key=lambda one: one.busy_s), *self.outer()] if found else []
 
+    def few(self) -> list[Launch]:
+        """Few rows: the shrink, and the product with its adapter step, the factors read as they are, in fp32; no packing."""
+        if self.m > FEW_ROWS:
+            return []
+
+        def wide(launch: Launch, length: int) -> Launch:
+            return replace(launch, bytes=launch.bytes + length * self.r * (SIZES["fp32"] - self.size))
+
+        gradients = [wide(launch, self.k + self.n) for launch in self.outer()]
+        return [wide(self.shrink(), self.k), wide(self.product(self.r), self.n), *gradients]
+
     def unfused(self) -> list[Launch]:
         """By hand, as in the field: in-place addmm_ after the product reads and writes out again; factors cast, never x."""
         gradients = [self.shrink(), self.expand()] * self.backward
@@ -262,7 +274,7 @@ class Pass:
 
 CANDIDATES: dict[str, dict[str, Callable[[Pass], list[Launch]]]] = {
     "gpu": {"frozen": Pass.frozen, "split": Pass.split, "pdl": Pass.pdl, "persistent": Pass.persistent,
-            "recompute": Pass.recompute, "unfused": Pass.unfused, "eager": Pass.eager, "peft": Pass.peft},
+            "recompute": Pass.recompute, "few": Pass.few, "unfused": Pass.unfused, "eager": Pass.eager, "peft": Pass.peft},
     "cpu": {"frozen": Pass.frozen, "fused": Pass.fused, "steps": Pass.unfused, "eager": Pass.eager, "peft": Pass.peft},
 }  # fmt: skip
 

@@ -97,6 +97,18 @@ def test_decoding_is_bound_by_one_read_of_the_weight() -> None:
     assert found["frozen"] == pytest.approx(4096 * 4096 * 2 / H100.bandwidth + H100.launch_s, rel=0.01)
 
 
+def test_few_rows_cost_two_launches_and_the_factors_in_fp32() -> None:
+    bare, case = Case(16, 4096, 4096, 0, mask="x"), Case(16, 4096, 4096, 16)
+    frozen, found = (next(row for row in predict(H100, case, "bf16", "fwd") if row["candidate"] == name)
+                     for name in ("frozen", "few"))  # fmt: skip
+    assert bare.traffic("fwd", 2) == frozen["bytes"]
+    # x again, U and V in fp32, h and z in bf16
+    assert found["bytes"] - frozen["bytes"] == 16 * 4096 * 2 + 2 * 4096 * 16 * 4 + 2 * 16 * 16 * 2
+    assert found["predicted_s"] - frozen["predicted_s"] < 2 * H100.launch_s
+    assert seconds(H100, case)["few"] < seconds(H100, case)["split"]
+    assert "few" not in seconds(H100, replace(case, M=33))
+
+
 # ---------------------------------------------------------------------------------------------- waves and schedules
 
 
@@ -277,14 +289,17 @@ def test_the_default_table(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.startswith("h100, bf16, fwd_bwd: predicted, not measured")
     assert [line.split()[0] for line in out.splitlines() if " floor " in line] == list(SHAPES)
-    assert out.count("\n") == 2 + len(SHAPES) * 9
+    assert out.count("\n") == 2 + len(SHAPES) * 9 + 2  # two are of few rows
 
 
 def test_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "a100", "--shapes", "64x128x256x4", "1x4096x4096x16", "--dtype", "tf32", "--mode", "fwd"]
     assert main([*arguments, "--json", "-"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["candidate"] for row in rows] == ["floor", *roofline.CANDIDATES["gpu"]] * 2
+    every = ["floor", *roofline.CANDIDATES["gpu"]]
+    assert [row["candidate"] for row in rows] == [
+        name for name in every if name != "few"
+    ] + every  # that is for few rows
     assert list(rows[0]) == ["bench", "device", "model", "M", "K", "N", "r", "dropout", "mask", "mode", "dtype", "candidate",
                              "flops", "bytes", "floor_s", "predicted_s", "ratio_to_frozen"]  # fmt: skip
     assert {(row["device"], row["dtype"], row["mode"]) for row in rows} == {("a100", "tf32", "fwd")}
