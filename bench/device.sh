@@ -9,7 +9,8 @@
 #   REHEARSE=1 bash bench/device.sh                         the same code on the CPU with tiny sizes, to test this file
 #
 # Stages, in order, each with a time limit and a log of its own: environment, build, doctor, tests (each kernel against
-# fp64), accuracy, ceilings, linear, graphs, memory, compile, svd, plots. Only where STAGES names it: tune, which takes the ten minutes for
+# fp64), sanitizer (a few of them under compute-sanitizer, where there is one), accuracy, ceilings, linear, graphs, memory,
+# compile, svd, plots. Only where STAGES names it: tune, which takes the ten minutes for
 # itself; what it has measured is in triton_tiles.json among the parts. A stage that fails or runs out of time is written down
 # and the rest goes on; the exit status says whether all went well. A provider whose result is wrong is not timed, its row says
 # why.
@@ -28,7 +29,7 @@ REHEARSE=${REHEARSE:-}
 TOTAL_SECONDS=${TOTAL_SECONDS:-570}
 if [ -n "${SYSTEM:-}" ]; then PYTHON=${PYTHON:-python3}; else PYTHON=${PYTHON:-.venv/bin/python}; fi
 [ -n "${STAGES:-}" ] || rm -rf "$PARTS" # all of them: nothing of an earlier run counts
-ALL="environment build doctor tests accuracy ceilings linear graphs memory compile svd plots"
+ALL="environment build doctor tests sanitizer accuracy ceilings linear graphs memory compile svd plots"
 STAGES=${STAGES:-$ALL}
 mkdir -p "$OUT" "$PARTS"
 touch "$PARTS/stages.tsv"
@@ -43,6 +44,7 @@ if [ -n "$REHEARSE" ]; then
   TUNE_SHAPES="8x64x64x4"
   TUNE_SECONDS=20
   TESTS="tests/test_functional.py -k gates" # what needs a GPU cannot run here
+  SANITIZER=none-without-a-gpu
 else
   DEVICE=cuda
   # Training at two model sizes and three ranks, SmolLM2's layers, decoding, call overhead.
@@ -58,6 +60,7 @@ else
                8192x4096x4096x64 2048x4096x4096x64"
   TUNE_SECONDS=400
   TESTS="-m gpu --continue-on-collection-errors -n 4"
+  SANITIZER=compute-sanitizer
 fi
 export BENCH_RESULTS="$PARTS/results" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -124,6 +127,12 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
   fi
   stage doctor 90 "$PYTHON" -m svdkern doctor
   stage tests 240 "$PYTHON" -m pytest -q $TESTS -p no:cacheprovider --junitxml="$PARTS/tests.xml"
+  stage sanitizer 90 bash -c 'command -v "$1" || { echo "$1 is not here: nothing was checked"; exit 0; }
+sanitizer=$1 status=0
+shift
+for tool in memcheck racecheck; do "$sanitizer" --tool "$tool" --error-exitcode 9 "$@" || status=$?; done
+exit "$status"' sanitizer "$SANITIZER" "$PYTHON" -m pytest -q tests/test_gpu_backends.py -p no:cacheprovider \
+    -k "(same_bits or dropout) and bfloat16 and not 1000"
   stage accuracy 60 "$PYTHON" -m svdkern bench accuracy --device "$DEVICE" --shapes $ACCURACY_SHAPES \
     --providers eager addmm materialised peft_default peft_bf16 svdkern-eager $KERNELS svdkern
   stage ceilings 30 "$PYTHON" -m svdkern bench ceilings --device "$DEVICE"

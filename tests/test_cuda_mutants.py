@@ -100,13 +100,13 @@ def run_small_shrink(how: CudaEmulation) -> list[Tensor]:
 
 def run_small_linear(how: CudaEmulation) -> list[Tensor]:
     """Both orientations of w: two tiles, three splits of K of eight, eight and one steps for four warps, the adapter's; dropout."""
-    m, k, n, r = 3, 1032, 72, 17
+    m, k, n, r = 3, 1032, 72, 9
     generator = torch.Generator().manual_seed(6)
     a, w = torch.randn(m, k, generator=generator).to(BF16), torch.randn(n, k, generator=generator).to(BF16)
     sums, factor = torch.randn(2, m, r, generator=generator), torch.randn(n, r, generator=generator)
     sigma, bias, outs = torch.rand(r, generator=generator), torch.randn(n, generator=generator).to(BF16), []
     for weight, threshold in ((w.t(), 0), (w.t().contiguous(), 6554)):
-        outs += [unset(m, n, dtype=BF16), unset(m, r), unset(m, 32, dtype=BF16)]
+        outs += [unset(m, n, dtype=BF16), unset(m, r), unset(m, 16, dtype=BF16)]
         y, h, z = outs[-3:]
         how.call(
             "small_linear", a, weight, sums, factor, sigma, None, None, False, None, 0.5, bias, RNG, threshold, h, z, y,
@@ -240,8 +240,6 @@ MUTANTS = {
         "small_linear.cu", "(first + step * warps) * depth", "(first + step) * depth", "bits"),
     "small_linear: the last steps belong to no split": Mutant(
         "small_linear.cu", "each = ceil_div(all, pieces)", "each = all / pieces", "bits"),
-    "small_linear: the stages are overwritten with sums before all have read them": Mutant(
-        "small_linear.cu", "__syncthreads();  // the stages are free", "", "Race", "race"),
     "small_linear: no barrier between warps' sums and who adds them": Mutant(
         "small_linear.cu", "warp_bytes), acc);\n  __syncthreads();", "warp_bytes), acc);", "Race Uninitialised", "race"),
     "small_linear: no barrier between h and z": Mutant(
