@@ -132,7 +132,7 @@ sanitizer=$1 status=0
 shift
 for tool in memcheck racecheck; do "$sanitizer" --tool "$tool" --error-exitcode 9 "$@" || status=$?; done
 exit "$status"' sanitizer "$SANITIZER" "$PYTHON" -m pytest -q tests/test_gpu_backends.py -p no:cacheprovider \
-    -k "(same_bits or dropout) and bfloat16 and not 1000"
+    -k "(same_bits or dropout) and bfloat16 and not 1000 and not 8192"
   stage accuracy 60 "$PYTHON" -m svdkern bench accuracy --device "$DEVICE" --shapes $ACCURACY_SHAPES \
     --providers eager addmm materialised peft_default peft_bf16 svdkern-eager $KERNELS svdkern
   stage ceilings 30 "$PYTHON" -m svdkern bench ceilings --device "$DEVICE"

@@ -46,6 +46,7 @@ SHAPES = [
     (1, 4096, 512),
     (2000, 64, 64),
     (2048, 512, 2048),
+    (8000, 264, 640),
 ]
 
 
@@ -129,7 +130,7 @@ def test_the_emulator_says_the_same(rows: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [8, 1000])
+@pytest.mark.parametrize("rows", [8, 1000, 8192])
 def test_the_same_bits_every_time(rows: int, dtype: torch.dtype, backend: str) -> None:
     o = cast(scaled(rows, 512, 384, 16), dtype, (torch.float32,) * 3)
     dy = torch.randn(rows, 384).cuda()
@@ -138,7 +139,7 @@ def test_the_same_bits_every_time(rows: int, dtype: torch.dtype, backend: str) -
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("rows", [8, 1000])
+@pytest.mark.parametrize("rows", [8, 1000, 8192])
 def test_a_captured_graph_replays_with_other_inputs(rows: int, backend: str) -> None:
     o = cast(scaled(rows, 512, 384, 16), torch.bfloat16, (torch.float32,) * 3)
     x, dy = o["x"].clone().requires_grad_(), torch.randn(rows, 384, device="cuda", dtype=torch.bfloat16)
@@ -164,18 +165,20 @@ def test_a_captured_graph_replays_with_other_inputs(rows: int, backend: str) -> 
         assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True))
 
 
-def test_two_streams_at_once(backend: str) -> None:
-    o = cast(scaled(4000, 1024, 1024, 16), torch.bfloat16, (torch.float32,) * 3)
-    expected = fused(o, backend=backend)
+@pytest.mark.parametrize("rows", [8, 1000, 8192])
+def test_two_streams_at_once(rows: int, backend: str) -> None:
+    o = cast(scaled(rows, 512, 384, 16), torch.bfloat16, (torch.float32,) * 3)
+    xs = [torch.randn_like(o["x"]) for _ in range(2)]
+    alone = [fused(o | {"x": x}, backend=backend) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
     torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    results: list[list[Tensor]] = [[], []]
     for _ in range(10):
-        for stream, found in zip(streams, results, strict=True):
+        got = []
+        for x, stream in zip(xs, streams, strict=True):
             with torch.cuda.stream(stream):
-                found.append(fused(o, backend=backend))
-    torch.cuda.synchronize()
-    assert all(torch.equal(y, expected) for found in results for y in found)
+                got.append(fused(o | {"x": x}, backend=backend))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
 
 
 def test_threads(backend: str) -> None:
