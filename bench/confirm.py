@@ -42,7 +42,7 @@ def confirm(predictions: Iterable[Row], measured: Iterable[Row]) -> str:
         for row in predictions
     }
     ratios = defaultdict[str, list[float]](list)
-    form = "{:22}{:6}{:9}{:14}{:12}{:>14}{:>14}{:>8}"
+    form = "{:22}{:6}{:9}{:16}{:12}{:>14}{:>14}{:>8}"
     lines = [form.format("shape", "dtype", "mode", "provider", "design", "predicted ms", "measured ms", "p/m")]
     for row in results.latest(row for row in measured if row["bench"] == "linear"):
         design = DESIGNS[row["device"]].get(row["provider"])

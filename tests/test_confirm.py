@@ -73,6 +73,13 @@ def test_a_cpu_s_rows_stand_for_its_own_designs() -> None:
     assert [line.split()[4] for line in text.splitlines()[1:3]] == ["fused", "steps"]
 
 
+def test_the_gpu_backends_stand_for_their_own_designs() -> None:
+    names = [predicted(name, 1.0, M=m) for name in ("split", "few", "persistent") for m in (8, 64)]
+    rows = [measured(f"svdkern-{backend}", 1.0, M=m) for backend in ("cuda", "triton") for m in (8, 64)]
+    designs = [line.split()[4] for line in confirm.confirm(names, rows).splitlines()[1:5]]
+    assert designs == ["few", "split", "persistent", "persistent"]
+
+
 def test_nothing_in_common_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="nothing that was predicted was measured"):
         confirm.confirm(PREDICTIONS, [measured("frozen", 1.0, M=9)])
