@@ -322,6 +322,18 @@ double cpu_energy(const Tensor& a, double scale) {
   return out;
 }
 
+void cpu_sketch(Tensor out, int64_t seed, int64_t first) {
+  const View view = look(out, "out", 2, true);
+  STD_TORCH_CHECK(view.dtype == DType::f32 || view.dtype == DType::f64, "out must be float32 or float64");
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
+  STD_TORCH_CHECK(first >= 0, "first is ", first, ", expected >= 0");
+  svdkern::SketchParams p;
+  p.seed = static_cast<uint64_t>(seed), p.first = first;
+  p.out = {out.mutable_data_ptr(), view.size[0], view.size[1], view.size[1], 1, view.dtype};
+  p.parallel_for = parallel_for;
+  kernels().sketch(p);
+}
+
 std::string cpu_isa() { return kernels().name; }
 std::string cpu_isas() { return names_of_isas(false); }
 std::string cuda_build() { return SVDKERN_CUDA_BUILD; }
@@ -345,6 +357,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
   m.def("_cpu_normal(Tensor a, Tensor x, float scale, bool rough) -> (Tensor, Tensor)");
   m.def("_cpu_gram(Tensor a) -> Tensor");
   m.def("_cpu_energy(Tensor a, float scale) -> float");
+  m.def("_cpu_sketch(Tensor(a!) out, int seed, int first) -> ()");
   m.def(
       "_cuda_pack(Tensor first, Tensor(a!) first_out, bool first_rows, Tensor? second, Tensor(b!)? second_out, "
       "bool second_rows, Tensor(c!)? control) -> ()");
@@ -382,6 +395,7 @@ STABLE_TORCH_LIBRARY_IMPL(svdkern, CPU, m) {
   m.impl("_cpu_normal", TORCH_BOX(&cpu_normal));
   m.impl("_cpu_gram", TORCH_BOX(&cpu_gram));
   m.impl("_cpu_energy", TORCH_BOX(&cpu_energy));
+  m.impl("_cpu_sketch", TORCH_BOX(&cpu_sketch));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(svdkern, CompositeExplicitAutograd, m) {

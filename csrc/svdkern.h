@@ -138,6 +138,14 @@ struct EnergyParams {
   ParallelFor parallel_for = nullptr;
 };
 
+// out (rows, columns), f32 or f64, contiguous: +-1 by the seed and the place, columns from `first` on: cpu/sketch.h.
+struct SketchParams {
+  uint64_t seed = 0;
+  int64_t first = 0;
+  MutableMatrix out;
+  ParallelFor parallel_for = nullptr;
+};
+
 // out = a^T a (L, L), fp32, contiguous, on units that multiply bf16.            a (M, L) bf16 with one unit stride
 struct GramParams {
   Matrix a;
@@ -166,6 +174,7 @@ struct Kernels {
   void (*linear)(const LinearParams&);
   void (*normal)(const NormalParams&);
   void (*energy)(const EnergyParams&);
+  void (*sketch)(const SketchParams&);
   void (*residual)(const ResidualParams&);
   void (*gram)(const GramParams&);  // null where outer is as fast
   void (*philox_bits)(uint64_t seed, uint64_t offset, int64_t row, int64_t octet0, int64_t octets, uint16_t* bits);

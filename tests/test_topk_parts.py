@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from spectra import seeded, with_spectrum
 from torch import Tensor
 
+from svdkern.backends import extension
 from svdkern.backends.philox import philox4x32
 from svdkern.linalg.exact import small_svd
 from svdkern.linalg.orthogonal import new_directions, orthonormal
-from svdkern.linalg.sketch import sketch
+from svdkern.linalg.sketch import sketch, sketch_in_torch
 
 
 def test_philox_with_ten_rounds_has_the_published_vectors() -> None:
@@ -41,6 +47,46 @@ def test_an_entry_of_the_sketch_depends_on_its_place_alone() -> None:
     assert whole[row, 128:256].tolist() == [1 - 2 * ((bits >> i) & 1) for i in range(128)]
     assert not torch.equal(sketch(50, 50, **(options | {"seed": 8})), sketch(50, 50, **(options | {"seed": 9})))
     assert sketch(3, 0, **options).shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("seed", [0, (5 << 40) + 7, -3, 2**63 + 5, 2**64 + 1])
+def test_the_sketch_has_the_bits_of_plain_pytorch(seed: int, dtype: torch.dtype) -> None:
+    """Every number of rows and of columns around a bundle, a word and a group."""
+    for rows, columns, first in itertools.product(
+        (0, 1, 7, 8, 33), (0, 1, 31, 32, 33, 129, 300), (0, 31, 100, 1 << 20)
+    ):
+        options = {"seed": seed, "first": first, "dtype": dtype, "device": torch.device("cpu")}
+        found, wanted = sketch(rows, columns, **options), sketch_in_torch(rows, columns, **options)  # type: ignore[arg-type]
+        assert found.dtype == dtype and torch.equal(found, wanted), (rows, columns, first)
+
+
+@pytest.mark.skipif(extension.why_missing is not None, reason=f"needs the compiled extension: {extension.why_missing}")
+def test_the_sketch_has_the_same_bits_on_any_instruction_set_and_number_of_threads() -> None:
+    code = (
+        "import torch, hashlib; from svdkern.linalg.sketch import sketch; torch.set_num_threads({threads});"
+        "s = sketch(5000, 140, seed=9, first=3, dtype=torch.float32, device=torch.device('cpu'));"
+        "print(hashlib.sha256(s.numpy().tobytes()).hexdigest())"
+    )
+    found = set()
+    for isa, threads in (("", 2), ("", 1), ("baseline", 2)):
+        environment = os.environ | {"SVDKERN_CPU_ISA": isa}
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(threads=threads)], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1
+
+
+@pytest.mark.skipif(extension.why_missing is not None, reason=f"needs the compiled extension: {extension.why_missing}")
+def test_the_sketch_operator_refuses_what_does_not_fit() -> None:
+    with pytest.raises(RuntimeError, match="out must be contiguous"):
+        torch.ops.svdkern._cpu_sketch(torch.zeros(4, 4).t()[:2], 0, 0)
+    with pytest.raises(RuntimeError, match="out must be float32 or float64"):
+        torch.ops.svdkern._cpu_sketch(torch.zeros(4, 4).bfloat16(), 0, 0)
+    with pytest.raises(RuntimeError, match="first is -1, expected >= 0"):
+        torch.ops.svdkern._cpu_sketch(torch.zeros(4, 4), 0, -1)
 
 
 # ------------------------------------------------------------------------------------------------------------ orthogonality

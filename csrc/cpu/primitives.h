@@ -5,6 +5,7 @@
 #include "large_m.h"
 #include "normal.h"
 #include "normal_amx.h"
+#include "sketch.h"
 
 namespace svdkern {
 namespace {
@@ -131,6 +132,7 @@ constexpr Kernels kernels_named(const char* name, void (*residual)(const Residua
       [](const LinearParams& p) { with_type(p.a.dtype, [&](auto t) { linear_as<decltype(t)>(p); }); },
       [](const NormalParams& p) { with_type(p.a.dtype, [&](auto t) { normal_as<decltype(t)>(p); }); },
       [](const EnergyParams& p) { with_type(p.a.dtype, [&](auto t) { energy_as<decltype(t)>(p); }); },
+      [](const SketchParams& p) { p.out.dtype == DType::f64 ? sketch_as<double>(p) : sketch_as<float>(p); },
       residual,
       gram,
       philox_bits,

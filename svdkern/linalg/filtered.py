@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdkern.backends import extension
 from svdkern.linalg.exact import Triplets
 from svdkern.linalg.orthogonal import gram
 from svdkern.linalg.sketch import sketch
@@ -77,7 +76,7 @@ def leading_triplets(tall: Tensor, k: int, tol: float, seed: int) -> Triplets | 
     energy = float(product.diagonal().sum(dtype=torch.float64))
     if not 1 / _PLAIN < energy < _PLAIN:
         return None
-    x = torch.mm(product, _start(n, width, seed, product.device))
+    x = torch.mm(product, sketch(n, width, seed=seed, dtype=torch.float32, device=product.device))
     # A product costs a third of a look at the Ritz values, and the first of these tell more after three products than after one.
     if 3 * math.log(float(torch.linalg.vector_norm(product)) * n / energy) <= _MOST_GROWTH:
         for _ in range(2):
@@ -160,18 +159,6 @@ def _by_bfloat16_units(matrix: Tensor) -> bool:
 @lru_cache(maxsize=1)
 def _has_bfloat16_units() -> bool:
     return extension.why_missing is None and "bf16" in torch.ops.svdkern._cpu_isa()
-
-
-@lru_cache(maxsize=16)
-def _kept_start(n: int, width: int, seed: int) -> Tensor:
-    return sketch(n, width, seed=seed, dtype=torch.float32, device=torch.device("cpu"))
-
-
-def _start(n: int, width: int, seed: int, device: torch.device) -> Tensor:
-    """The sketch. A model has many matrices of the same size: small ones are made once."""
-    if device.type == "cpu" and n * width <= 1 << 18:
-        return _kept_start(n, width, seed)
-    return sketch(n, width, seed=seed, dtype=torch.float32, device=device)
 
 
 def _rayleigh_ritz(x: Tensor, image: Tensor) -> _Ritz | None:

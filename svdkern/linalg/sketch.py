@@ -16,11 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-from svdkern.backends import triton_svd
+from svdkern.backends import extension, triton_svd
 from svdkern.backends.philox import philox4x32
 
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
+_KERNEL_DTYPES = (torch.float32, torch.float64)
 _CHUNK_ELEMENTS = 1 << 15  # int64 words made at a time
 
 
@@ -28,6 +29,10 @@ def sketch(rows: int, columns: int, *, seed: int, first: int = 0, dtype: torch.d
     """(rows, columns) of +-1: columns ``first ... first + columns - 1`` of the endless matrix that ``seed`` names."""
     if triton_svd.has_same_bits(device):
         return triton_svd.sketch(rows, columns, seed=seed, first=first, dtype=dtype, device=device)
+    if device.type == "cpu" and dtype in _KERNEL_DTYPES and extension.why_missing is None:
+        out = torch.empty(rows, columns, dtype=dtype, device=device)
+        torch.ops.svdkern._cpu_sketch.default(out, _signed(seed), first)
+        return out
     return sketch_in_torch(rows, columns, seed=seed, first=first, dtype=dtype, device=device)
 
 
@@ -49,6 +54,11 @@ def sketch_in_torch(
         bits = (words.flatten(1)[:, word] >> (column % 32)) & 1
         out[start : start + height] = 1 - 2 * bits
     return out
+
+
+def _signed(seed: int) -> int:
+    """The int64 with the low 64 bits of seed."""
+    return ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
 def gaussian(rows: int, columns: int, *, seed: int, device: torch.device) -> Tensor:
