@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svdkern.backends import extension
 from svdkern.linalg.exact import Triplets
 from svdkern.linalg.orthogonal import gram
 from svdkern.linalg.sketch import sketch
