@@ -11,6 +11,7 @@ BENCHES = {
     "init_model": "the SVDs of all linear layers of a model, and the whole call, against PEFT's",
     "init_memory": "memory and time of the initial adapter of a 7B model on disk",
     "topk": "a few singular triplets of a large matrix: seconds against accuracy",
+    "svd_methods": "which method finds a few triplets first, by size",
     "svd_kernels": "the GPU kernels behind the SVD beside PyTorch's operations",
     "ceilings": "what this machine can do at most",
     "roofline": "the floor and the predicted time of each design, for a GPU or CPU",

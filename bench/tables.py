@@ -224,6 +224,21 @@ def topk_table(machine: Machine) -> str:
     return origin(rows) + table(["matrix", "provider", "time", "relative error of σ"], body)
 
 
+def svd_methods_table(machine: Machine) -> str:
+    """Times of the methods side by side; the fastest of each case stands out."""
+    rows = machine.rows["svd_methods"]
+    body = []
+    for (n, r, dtype, matrix), group in grouped(rows, "N", "r", "dtype", "matrix").items():
+        times = {name: group[name]["median_s"] for name in ("exact", "krylov", "filter") if name in group}
+        least = min((t for t in times.values() if t is not None), default=None)
+        cells = [seconds(times.get(name)) for name in ("exact", "krylov", "filter")]
+        body.append([f"{matrix}, {n}×{n}", str(r), dtype, *(
+            f"**{cell}**" if times.get(name) == least and least is not None else cell
+            for name, cell in zip(("exact", "krylov", "filter"), cells, strict=True)
+        )])  # fmt: skip
+    return origin(rows) + table(["matrix", "r", "dtype", "exact", "Krylov", "filter"], body)
+
+
 def roofline_table(machine: Machine) -> str:
     """What share of the measured ceilings the frozen layer and svdkern reach, and how near their floor they come."""
     tops = ceilings(machine)
@@ -335,6 +350,7 @@ TABLES: Mapping[str, Callable[[Sequence[Machine]], str]] = {
     "accuracy": each("accuracy", accuracy_table),
     "init": each("init", init_table),
     "topk": each("topk", topk_table),
+    "svd_methods": each("svd_methods", svd_methods_table),
     "model_step": each("model_step", model_step_table),
     "methods": each("methods", methods_table),
     "blocks": each("blocks", blocks_table),

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import accuracy, blocks, ceilings, init, linear, machine, memory, results, svd_kernels, topk  # noqa: E402
+from bench import accuracy, blocks, ceilings, init, linear, machine, memory, results, svd_kernels, svd_methods, topk  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.providers import DTYPES  # noqa: E402
 from svdkern import bench_command, cli  # noqa: E402
@@ -142,6 +142,18 @@ def test_topk_has_the_error_of_every_way(tmp_path: Path) -> None:
     rows = {(r["provider"], r["matrix"]): r for r in results.read_jsonl(tmp_path / "smallest.jsonl")}
     assert rows["svdkern, tol=accurate", "head"]["err_sigma"] < 1e-4
     assert rows["sklearn", "head"]["status"] == "skipped"
+
+
+def test_svd_methods_compares_what_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "svd_methods.jsonl"
+    arguments = ["--sides", "96", "--ranks", "8", "40", "--matrices", "power", "--seconds", "0.01", "--device", "cpu"]
+    assert svd_methods.main([*arguments, "--out", str(out)]) == 0
+    rows = results.read_jsonl(out)
+    assert [(row["provider"], row["r"], row["status"]) for row in rows] == [
+        ("exact", 8, "ok"), ("krylov", 8, "ok"), ("filter", 8, "ok"),
+        ("exact", 40, "ok"), ("krylov", 40, "ok"), ("filter", 40, "skipped"),
+    ]  # fmt: skip
+    assert "exact* " in capsys.readouterr().err
 
 
 def test_svd_kernels_has_both_ways_of_each(tmp_path: Path) -> None:

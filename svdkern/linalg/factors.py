@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svdkern.linalg.crossovers import takes_filter
 from svdkern.linalg.exact import few_threads, with_signs
-from svdkern.linalg.filtered import leading_triplets, suits
+from svdkern.linalg.filtered import leading_triplets
 from svdkern.linalg.precision import full_precision
 from svdkern.linalg.topk import check_dense, topk_svd
 
@@ -70,7 +71,7 @@ def factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 def _by_filter(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor] | None:
     tall = weight.shape[0] >= weight.shape[1]
     matrix = weight if tall else weight.t()
-    if not suits(matrix, r):
+    if not takes_filter(matrix, r):
         return None
     with full_precision(weight.device):
         found = leading_triplets(matrix, r, _TOL, seed=0)

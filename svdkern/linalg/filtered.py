@@ -32,9 +32,6 @@ from svdkern.linalg.sketch import sketch
 _PANEL_ELEMENTS = 1 << 23  # cast to float32 at a time: 32 MB; every panel reads and writes all of G
 _BLOCK = 192  # columns of a block of G
 _BLOCK_BFLOAT16, _WHOLE_BFLOAT16 = 512, 1024  # of bfloat16 units, which are fastest with the whole of a small G
-# Beyond these short sides topk_svd is as fast, and G takes as much memory as a matrix.
-_MOST_SIDE = 2048
-_MOST_SIDE_BFLOAT16 = 4096
 _MOST_SHARE = 3  # the space may have a third of the short side's columns
 _MOST_STEPS = 24
 _MOST_GROWTH = math.log(1e6)  # of the largest value over the smallest one in one filter: rounding grows with it
@@ -56,10 +53,9 @@ def width_of(k: int) -> int:
     return -(-(k + max(k // 4, 16)) // 16) * 16
 
 
-def suits(tall: Tensor, k: int) -> bool:
-    """Whether this is faster than ``topk_svd`` for k triplets of such a matrix, by measurement."""
-    side = _MOST_SIDE_BFLOAT16 if _by_bfloat16_units(tall) else _MOST_SIDE
-    return tall.dtype != torch.float64 and _MOST_SHARE * width_of(k) <= tall.shape[1] <= side
+def fits(matrix: Tensor, k: int) -> bool:
+    """Whether k triplets of such a matrix can be found here."""
+    return matrix.dtype != torch.float64 and _MOST_SHARE * width_of(k) <= min(matrix.shape)
 
 
 def leading_triplets(tall: Tensor, k: int, tol: float, seed: int) -> Triplets | None:
@@ -132,7 +128,7 @@ class _Panels:
 def _gram_matrix(panels: _Panels) -> Tensor:
     """``A^T A`` (n, n) in float32. Blocks of columns, from the diagonal down; what lies above is their mirror image."""
     n = panels.shape[1]
-    units = _by_bfloat16_units(panels.tall)
+    units = by_bfloat16_units(panels.tall)
     if units and 1 in panels.tall.stride() and torch.ops.svdkern._cpu_isa() == "amx_bf16":
         product: Tensor = torch.ops.svdkern._cpu_gram.default(panels.tall)
         return product
@@ -153,7 +149,8 @@ def _gram_matrix(panels: _Panels) -> Tensor:
     return out
 
 
-def _by_bfloat16_units(matrix: Tensor) -> bool:
+def by_bfloat16_units(matrix: Tensor) -> bool:
+    """Whether its Gram matrix is made by units that multiply bfloat16."""
     return matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and _has_bfloat16_units()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svdkern.linalg.certificate import Certificate, certificate
+from svdkern.linalg.crossovers import takes_krylov
 from svdkern.linalg.exact import Triplets, largest_triplets, residual_norms, smallest_triplets, with_signs
 from svdkern.linalg.implicit import Implicit, LinearOperator
 from svdkern.linalg.krylov import leading
@@ -25,8 +26,6 @@ TOLERANCES: dict[str, float] = {"fast": 5e-2, "balanced": 1e-3, "accurate": 1e-6
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OPERATOR_DTYPES = (torch.float32, torch.float64)
-_EXACT_SIDE = 1024  # up to this short side the exact method takes as long as the Krylov method's small problems
-_KRYLOV_SHARE = 8  # above a share of 1/8 of the short side the basis is as large as the matrix
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,7 @@ def topk_svd(
     with full_precision(A.device if isinstance(A, Tensor) else torch.device(getattr(A, "device", "cpu"))):
         operand = Operand(A if tall else A.t(), "A") if isinstance(A, Tensor) else Implicit(A, "A")
         if method == "auto":
-            short = operand.columns
-            exact = isinstance(A, Tensor) and (short <= _EXACT_SIDE or k > short // _KRYLOV_SHARE)
+            exact = isinstance(A, Tensor) and not takes_krylov(operand.columns, k)
             method = "exact" if exact else "krylov"
         if method == "exact":
             assert isinstance(operand, Operand)
