@@ -37,10 +37,10 @@ class LayerState(nn.Module):
         raise NotImplementedError
 
     @property
-    def unmerged_residual(self) -> Tensor | None:  # noqa: D102
+    def unmerged_residual(self) -> Tensor | None:
         raise NotImplementedError
 
-    def unmerge(self) -> None:  # noqa: D102
+    def unmerge(self) -> None:
         raise NotImplementedError
 
     def _kept_copy(self, what: str) -> Tensor | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from svdkern import linalg
+from svdkern.linalg.precision import full_precision
 
 
 @torch.no_grad()
@@ -53,7 +54,8 @@ def tsvm(deltas: Sequence[Tensor]) -> Tensor:
     if not values.numel():
         return torch.zeros_like(deltas[0])
     left, right = linalg.polar(torch.cat(v, dim=1)), linalg.polar(torch.cat(u, dim=1))
-    return ((left * values) @ right.t()).to(deltas[0].dtype)
+    with full_precision(left.device):
+        return ((left * values) @ right.t()).to(deltas[0].dtype)
 
 
 def _significant(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
