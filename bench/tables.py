@@ -212,6 +212,32 @@ def init_table(machine: Machine) -> str:
     return origin(rows) + table(header, body)
 
 
+def init_model_table(machine: Machine) -> str:
+    """The decompositions alone, and whole calls, which have no error of their own."""
+    rows = machine.rows["init_model"]
+    body = []
+    for (model, r, dtype), group in grouped(rows, "model", "r", "dtype").items():
+        for name, row in group.items():
+            what = f"{model}, {row['layers']} layers, r={r}, {dtype}"
+            body.append([what, title(name), seconds(row["median_s"]), number(row["err_sigma"], ".1e")])
+    return origin(rows) + table(["model", "provider", "time", "relative error of σ"], body)
+
+
+def init_memory_table(machine: Machine) -> str:
+    """Blocks of a model on disk, in a process of their own."""
+    rows = machine.rows["init_memory"]
+    body = []
+    for (model, blocks, r), group in grouped(rows, "model", "blocks", "r").items():
+        for name, row in group.items():
+            cells = [
+                seconds(row["median_s"]),
+                seconds(row["extrapolated_s"]),
+                number(row["peak_memory_mb"], ".0f") + " MB",
+            ]
+            body.append([f"{model}, {blocks} of its blocks, r={r}", title(name), *cells])
+    return origin(rows) + table(["model", "provider", "time", "of all blocks", "peak memory"], body)
+
+
 def topk_table(machine: Machine) -> str:
     """Time and error of a few singular values; each provider is one way at one setting."""
     rows = machine.rows["topk"]
@@ -349,6 +375,8 @@ TABLES: Mapping[str, Callable[[Sequence[Machine]], str]] = {
     "memory": each("memory", memory_table),
     "accuracy": each("accuracy", accuracy_table),
     "init": each("init", init_table),
+    "init_model": each("init_model", init_model_table),
+    "init_memory": each("init_memory", init_memory_table),
     "topk": each("topk", topk_table),
     "svd_methods": each("svd_methods", svd_methods_table),
     "model_step": each("model_step", model_step_table),

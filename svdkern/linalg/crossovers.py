@@ -9,20 +9,28 @@ from torch import Tensor
 
 from svdkern.linalg.filtered import by_bfloat16_units, fits
 
-# From this short side on, and up to this part of it, the Krylov method is faster than the exact one.
-_KRYLOV_SIDE = 1025
-_KRYLOV_SHARE = 1 / 8
-# Up to this short side the filter is at least as fast as the Krylov method; beyond it its Gram matrix takes as much memory as a
-# matrix, too.
-_FILTER = 2048
-_FILTER_BFLOAT16 = 4096  # where units multiply it
+# (short side, k): from this side on the Krylov method is faster for up to k triplets, in the geometric mean of two spectra.
+_KRYLOV = ((512, 32), (768, 64), (1024, 128), (1536, 192), (2048, 256))
+_KRYLOV_SHARE = 8  # of longer sides: beyond an eighth the basis is as large as the matrix
+_INVERSE_SIDE = 1024  # up to this one the exact method finds the smallest, too
+# (short side, k): up to this side the filter is faster than the Krylov method for k triplets and more. Beyond, its Gram matrix
+# takes as much memory as a matrix, too.
+_FILTER = ((1024, 1), (2048, 33))
+_FILTER_BFLOAT16 = 4096  # where units multiply bfloat16 it is for any k
 
 
-def takes_krylov(side: int, k: int) -> bool:
+def takes_krylov(side: int, k: int, which: str = "largest") -> bool:
     """Whether the Krylov method is expected to find k triplets of a matrix with this short side before the exact one."""
-    return side >= _KRYLOV_SIDE and k <= side * _KRYLOV_SHARE
+    if which == "smallest" and side <= _INVERSE_SIDE:
+        return False
+    if which == "smallest" or side > _KRYLOV[-1][0]:
+        return k <= side // _KRYLOV_SHARE
+    return k <= max((most for least, most in _KRYLOV if side >= least), default=0)
 
 
 def takes_filter(matrix: Tensor, k: int) -> bool:
     """Whether the filter is expected to find k triplets before the Krylov method, to the tolerance of ``linalg.factors``."""
-    return fits(matrix, k) and min(matrix.shape) <= (_FILTER_BFLOAT16 if by_bfloat16_units(matrix) else _FILTER)
+    side = min(matrix.shape)
+    if by_bfloat16_units(matrix):
+        return fits(matrix, k) and side <= _FILTER_BFLOAT16
+    return fits(matrix, k) and any(side <= most and k >= least for most, least in _FILTER)

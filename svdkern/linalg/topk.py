@@ -92,8 +92,9 @@ def topk_svd(
         selected = slice(0, k)  # or slice(-k, None): "smallest" is in descending order too
         U, S, V = U[:, selected], S[selected], Vh[selected].T
 
-    Algorithm: a block Krylov method (``krylov.py``), on the inverse for the smallest (``smallest.py``); for a short side up to
-    1024 or ``k`` above an eighth of it the exact method (``exact.py``). Products are made in float32 (float64 for a float64 A),
+    Algorithm: a block Krylov method (``krylov.py``), on the inverse for the smallest (``smallest.py``); for a short
+    side or many triplets the exact method (``exact.py``; by a measured table, ``crossovers.py``). Products are made in float32
+    (float64 for a float64 A),
     never in TF32 and never under autocast; half precision is read panel by panel, without a copy of A. On AMX, steps of blocks
     from 32 columns on are made of bfloat16 parts, good to 2^-16, where ``tol`` allows it (``info.rough``); the triplets and
     their residuals are not. The smallest triplets need a factorisation of A's size in float32, or in float64 where that does
@@ -140,7 +141,7 @@ def topk_svd(
     with full_precision(A.device if isinstance(A, Tensor) else torch.device(getattr(A, "device", "cpu"))):
         operand = Operand(A if tall else A.t(), "A") if isinstance(A, Tensor) else Implicit(A, "A")
         if method == "auto":
-            exact = isinstance(A, Tensor) and not takes_krylov(operand.columns, k)
+            exact = isinstance(A, Tensor) and not takes_krylov(operand.columns, k, which)
             method = "exact" if exact else "krylov"
         if method == "exact":
             assert isinstance(operand, Operand)
