@@ -32,14 +32,14 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 @pytest.mark.parametrize(
     ("asked", "device", "bits", "products"),
     [
-        (None, "cuda", True, False),
+        (None, "cuda", False, False),
         ("triton", "cuda", True, True),
         ("eager", "cuda", False, False),
         (None, "cpu", False, False),
         ("triton", "cpu", False, False),
     ],
 )
-def test_sketch_and_residual_are_taken_and_products_only_where_named(
+def test_the_kernels_are_taken_only_where_triton_is_named(
     environment: pytest.MonkeyPatch, asked: str | None, device: str, bits: bool, products: bool
 ) -> None:
     if asked is not None:

@@ -22,6 +22,15 @@ pytestmark = [
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
+@pytest.fixture(autouse=True)
+def named(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SVDKERN_BACKEND", "triton")
+    dispatch.read_environment()
+    yield
+    monkeypatch.undo()
+    dispatch.read_environment()
+
+
 def test_the_kernels_are_taken() -> None:
     assert triton_svd.has_same_bits(torch.device("cuda"))
 
@@ -61,16 +70,6 @@ def test_products(b: int, m: int, n: int, layout: str, dtype: torch.dtype) -> No
     assert torch.equal(triton_svd.product(a, x, 2.0**-9), first[0])
 
 
-@pytest.fixture
-def named(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SVDKERN_BACKEND", "triton")
-    dispatch.read_environment()
-    yield
-    monkeypatch.undo()
-    dispatch.read_environment()
-
-
-@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triplets_by_the_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []

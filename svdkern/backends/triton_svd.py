@@ -1,8 +1,7 @@
 """The Triton kernels behind the SVD (``triton_kernels/sketch.py``, ``residual.py``, ``normal.py``), and when a call takes them.
 
-Sketch and residual have the bits of PyTorch's operations, of which they save hundreds of launches: any GPU that can run them
-takes them, unless ``SVDKERN_BACKEND`` names another backend than triton. The products of a Krylov step have other bits, and
-nobody has measured them: only where triton is named, as for the linear.
+Only where ``SVDKERN_BACKEND`` names triton, as for the linear: no GPU has run them yet. Sketch and residual have the bits of
+PyTorch's operations, of which they save hundreds of launches; the products of a Krylov step have other bits.
 
 Layer: above ``dispatch``.
 """
@@ -22,7 +21,7 @@ log = logging.getLogger("svdkern")
 
 def has_same_bits(device: torch.device) -> bool:
     """Whether ``sketch`` and ``residual`` are to be taken on this device."""
-    if device.type != "cuda" or dispatch.named() not in (None, "triton") or _is_traced():
+    if device.type != "cuda" or dispatch.named() != "triton" or _is_traced():
         return False
     return (
         triton.why_not(device, torch.float32) is None and not torch.cuda.is_current_stream_capturing() and _runs(device)
