@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .configs import Config
+from .configs import Config, ceil_div
 from .reduce import BLOCK, add_up
 from .tiles import (
     COUNTERS,
@@ -259,9 +259,9 @@ class Want(NamedTuple):
 
 def control(dy: Tensor, width: int, R: int, config: Config) -> Tensor:
     """Ticket and counters of a launch, for pack to zero: of row groups, of super-groups, of tiles of dU and dV."""
-    row_groups = triton.cdiv(dy.shape[0], config.BM)
-    outer_tiles = (triton.cdiv(width, config.BF) + triton.cdiv(dy.shape[1], config.BF)) * (R // min(R, config.RT))
-    counters = row_groups + triton.cdiv(row_groups, config.HEIGHT) + outer_tiles
+    row_groups = ceil_div(dy.shape[0], config.BM)
+    outer_tiles = (ceil_div(width, config.BF) + ceil_div(dy.shape[1], config.BF)) * (R // min(R, config.RT))
+    counters = row_groups + ceil_div(row_groups, config.HEIGHT) + outer_tiles
     return dy.new_empty(COUNTERS.value + counters, dtype=torch.int32)
 
 
@@ -281,10 +281,10 @@ def backward(
     BM, BN, BK, BF = config.BM, config.BN, config.BK, config.BF
     RT = min(R, config.RT)
     pieces = R // RT
-    row_groups = triton.cdiv(rows, BM)
-    groups = triton.cdiv(row_groups, config.HEIGHT)
-    x_tiles = triton.cdiv(width, BN) if want.x else 0
-    fill = pieces * ((triton.cdiv(width, BF) if want.u else 0) + (triton.cdiv(out, BF) if want.v or want.bias else 0))
+    row_groups = ceil_div(rows, BM)
+    groups = ceil_div(row_groups, config.HEIGHT)
+    x_tiles = ceil_div(width, BN) if want.x else 0
+    fill = pieces * ((ceil_div(width, BF) if want.u else 0) + (ceil_div(out, BF) if want.v or want.bias else 0))
     wants_p = want.x or want.u or want.sigma or want.scale or want.core or want.gate
 
     def sums(wanted: bool, *shape: int) -> Tensor | None:
@@ -299,7 +299,7 @@ def backward(
     so_far = sums(want.u, width, r), sums(want.v, out, r), sums(want.bias, pieces, out)
     dx, du, dv = outs.get("x"), outs.get("u"), outs.get("v")
     on_host = launching.on_host(scale)
-    sum_tiles = sum(triton.cdiv(size, BLOCK.value) for size in (want.sigma * r, want.core * r * r, want.scale))
+    sum_tiles = sum(ceil_div(size, BLOCK.value) for size in (want.sigma * r, want.core * r * r, want.scale))
     tiles = row_groups * (pieces + x_tiles) + groups * fill + sum_tiles
     launching.launch(
         backward_kernel, (min(tiles, ctas),),

@@ -19,6 +19,11 @@ DECODE_M = 16
 """Up to this many rows a layer is decoding: two small launches instead of one persistent one."""
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Of sizes on the host, where ``triton.cdiv`` costs several microseconds a call."""
+    return -(-a // b)
+
+
 class Config(NamedTuple):
     BM: int
     BN: int
@@ -42,7 +47,7 @@ def training(arch: int, dtype: torch.dtype, R: int, core: bool, rows: int, out: 
         return Config(32, 64, 32, min(R, 32), 16, 64, 32, 4, 2)
     if core and R > 64:
         return Config(64, 128, 64, R, 16, 64, 32, 8, 3)
-    if -(-rows // 128) * -(-out // 128) < processors:  # too few large tiles to keep every processor busy
+    if ceil_div(rows, 128) * ceil_div(out, 128) < processors:  # too few large tiles to keep every processor busy
         return Config(64, 64, 64, min(R, 64), 8, 64, 64 if arch < 100 else 32, 4, 3)
     if arch < 90:
         return Config(128, 128, 64, min(R, 64), 8, 128, 64, 8, 3)

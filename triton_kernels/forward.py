@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .configs import Config
+from .configs import Config, ceil_div
 from .tiles import (
     COUNTERS,
     adapter_step,
@@ -98,7 +98,7 @@ def forward_kernel(
 
 def control(x: Tensor, config: Config) -> Tensor:
     """Ticket and counters of a launch, for pack to zero."""
-    return x.new_empty(COUNTERS.value + triton.cdiv(x.shape[0], config.BM), dtype=torch.int32)
+    return x.new_empty(COUNTERS.value + ceil_div(x.shape[0], config.BM), dtype=torch.int32)
 
 
 def forward(
@@ -114,10 +114,10 @@ def forward(
     """
     (rows, width), out = x.shape, weight.shape[0]
     BM, BN, BK = config.BM, config.BN, config.BK
-    row_groups = triton.cdiv(rows, BM)
+    row_groups = ceil_div(rows, BM)
     R = v.shape[1]
     RT = min(R, config.RT)
-    tiles = row_groups * (triton.cdiv(out, BN) + R // RT)
+    tiles = row_groups * (ceil_div(out, BN) + R // RT)
     on_host = launching.on_host(scale)
     launching.launch(
         forward_kernel, (min(tiles, ctas),),

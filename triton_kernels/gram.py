@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .configs import ceil_div
 from .pack import padded
 from .reduce import reduce
 from .tiles import fence_async_proxy
@@ -72,7 +73,7 @@ def tile(dtype: torch.dtype, r: int) -> tuple[int, int, int]:
 def part_rows(L: int, tiles: int, BD: int) -> int:
     """Rows of a part, a multiple of BD."""
     parts = max(1, min(L // (STEPS * BD), PROGRAMS // tiles))
-    return triton.cdiv(L, parts * BD) * BD
+    return ceil_div(L, parts * BD) * BD
 
 
 def gram(factor: Tensor) -> Tensor:
@@ -81,10 +82,10 @@ def gram(factor: Tensor) -> Tensor:
     if not factor.numel():
         return torch.zeros(r, r, dtype=torch.float32, device=device)
     BT, BD, num_stages = tile(factor.dtype, r)
-    side = triton.cdiv(r, BT)
+    side = ceil_div(r, BT)
     tiles = side * (side + 1) // 2
     rows = part_rows(L, tiles, BD)
-    parts = triton.cdiv(L, rows)
+    parts = ceil_div(L, rows)
     partial = torch.empty(parts, r * r, dtype=torch.float32, device=device)
     launching.launch(
         gram_kernel, (parts, tiles),

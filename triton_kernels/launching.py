@@ -71,6 +71,7 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
 def triton_version() -> tuple[int, ...]:
     """(3, 6), (3, 9), ..."""
     return tuple(int(n) for n in triton.__version__.split(".")[:2])

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .configs import Config
+from .configs import Config, ceil_div
 from .pack import padded
 from .tiles import kind, load_rows, load_scale, modulate, product, store_rows
 
@@ -64,7 +64,7 @@ def linear(
     (rows, width), (out, r) = x.shape, v.shape
     on_host = launching.on_host(scale)
     launching.launch(
-        linear_kernel, (triton.cdiv(rows, config.BM), triton.cdiv(out, config.BN)),
+        linear_kernel, (ceil_div(rows, config.BM), ceil_div(out, config.BN)),
         x, x.stride(0), rows, width, weight, *((0, 0) if weight is None else weight.stride()), out,
         partial, partial.shape[0], v, *v.stride(), r,
         sigma, core, gate, scale.item() if on_host else scale, bias, y, y.stride(0), h,

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .configs import ceil_div
 from .pack import padded
 from .reduce import reduce
 from .tiles import fence_async_proxy
@@ -130,10 +131,10 @@ def parts_kernel(partial, splits, rows, b, out, parts, WIDE: tl.constexpr, BLOCK
 def by_parts(partial: Tensor, shape: Tile, out: Tensor | None) -> Tensor:
     """The bf16 parts (rows, 3, WIDE) of the sum of partial (splits, rows, b), contiguous; the sum itself in out."""
     splits, rows, b = partial.shape
-    wide = triton.cdiv(b, shape.B) * shape.B
+    wide = ceil_div(b, shape.B) * shape.B
     parts = torch.empty(rows, 3, wide, dtype=torch.bfloat16, device=partial.device)
     launching.launch(
-        parts_kernel, (triton.cdiv(rows * wide, 512),),
+        parts_kernel, (ceil_div(rows * wide, 512),),
         partial, splits, rows, b, out, parts, WIDE=wide, BLOCK=512, num_warps=4,
     )  # fmt: skip
     return parts
@@ -141,20 +142,20 @@ def by_parts(partial: Tensor, shape: Tile, out: Tensor | None) -> Tensor:
 
 def per_split(rows: int, depth: int, b: int, shape: Tile) -> int:
     """The range of one split, a multiple of BL."""
-    tiles = triton.cdiv(rows, shape.BM) * triton.cdiv(b, shape.B)
+    tiles = ceil_div(rows, shape.BM) * ceil_div(b, shape.B)
     splits = max(1, min(PROGRAMS // tiles, depth // (STEPS * shape.BL)))
-    return triton.cdiv(depth, splits * shape.BL) * shape.BL
+    return ceil_div(depth, splits * shape.BL) * shape.BL
 
 
 def partial_product(a: Tensor, parts: Tensor, b: int, scale: float, shape: Tile, backwards: bool) -> Tensor:
     """(splits, M, b): the parts of s a x."""
     rows, depth = a.shape
     each = per_split(rows, depth, b, shape)
-    splits = triton.cdiv(depth, each)
+    splits = ceil_div(depth, each)
     partial = torch.empty(splits, rows, b, dtype=torch.float32, device=a.device)
     options = {} if shape.maxnreg is None else {"maxnreg": shape.maxnreg}
     launching.launch(
-        normal_kernel, (parts.shape[2] // shape.B, triton.cdiv(rows, shape.BM), splits),
+        normal_kernel, (parts.shape[2] // shape.B, ceil_div(rows, shape.BM), splits),
         a, *a.stride(), rows, depth, parts, b, scale, each, partial,
         WIDE=parts.shape[2], BM=shape.BM, BL=shape.BL, B=shape.B, PARTS=PARTS[a.dtype], BACKWARDS=backwards,
         FENCE=launching.wgmma(a.device)["FENCE"], num_warps=shape.num_warps, num_stages=shape.num_stages, **options,

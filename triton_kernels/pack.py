@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .configs import ceil_div
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def pack(
         for out, rows in zip(outs, (first_rows, second_rows), strict=True)
     ]
     block = 64 if R <= 128 else 16  # rows of a program
-    grid = (triton.cdiv(first.shape[0], block) + triton.cdiv(second.shape[0], block),)
+    grid = (ceil_div(first.shape[0], block) + ceil_div(second.shape[0], block),)
     launching.launch(
         pack_kernel, grid,
         first, first.stride(0), first.stride(1), first.shape[0], outs[0], *strides[0],

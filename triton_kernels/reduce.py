@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .configs import ceil_div
 
 BLOCK = tl.constexpr(64)
 PARTS = tl.constexpr(16)
@@ -39,6 +40,6 @@ def reduce(partial: Tensor, out: Tensor) -> None:
     """out (rows, columns), any strides and float dtype, from partial (parts, rows * columns) in fp32."""
     parts, size = partial.shape
     launching.launch(
-        reduce_kernel, (triton.cdiv(size, BLOCK.value),),
+        reduce_kernel, (ceil_div(size, BLOCK.value),),
         partial, parts, size, out.shape[1], out, *out.stride(), num_warps=4,
     )  # fmt: skip

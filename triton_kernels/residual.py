@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .configs import ceil_div
 
 BM, BN = 32, 64
 
@@ -69,7 +70,7 @@ def residual(weight: Tensor, v: Tensor, a: Tensor) -> Tensor:
     out = torch.empty(N, K, dtype=weight.dtype, device=weight.device)
     if out.numel():
         launching.launch(
-            residual_kernel, (triton.cdiv(N, BM), triton.cdiv(K, BN)),
+            residual_kernel, (ceil_div(N, BM), ceil_div(K, BN)),
             weight, *weight.stride(), N, K, v, a, v.shape[0], out, BM=BM, BN=BN, num_warps=4,
         )  # fmt: skip
     return out

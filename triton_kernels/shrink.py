@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .configs import Config
+from .configs import Config, ceil_div
 from .pack import padded
 from .tiles import product, store_rows
 
@@ -46,7 +46,7 @@ def shrink(
     splits = -(-width // per_split)
     out = torch.empty(splits, rows, r, dtype=torch.float32, device=a.device)
     launching.launch(
-        shrink_kernel, (triton.cdiv(rows, BM), splits),
+        shrink_kernel, (ceil_div(rows, BM), splits),
         a, a.stride(0), rows, width, u, *u.stride(), r, out, rng_state, threshold, keep_scale, per_split,
         R=padded(r), BM=BM, BK=BK, DROPOUT=threshold > 0, PRECISION=precision,
         num_warps=config.num_warps, num_stages=config.num_stages, **launching.wgmma(a.device),

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .configs import ceil_div
 
 ROWS, WORDS = 32, 2
 
@@ -51,7 +52,7 @@ def sketch(rows: int, columns: int, *, seed: int, first: int, dtype: torch.dtype
     if out.numel():
         words = (first + columns - 1) // 32 - first // 32 + 1
         launching.launch(
-            sketch_kernel, (triton.cdiv(rows, ROWS), triton.cdiv(words, WORDS)),
+            sketch_kernel, (ceil_div(rows, ROWS), ceil_div(words, WORDS)),
             out, rows, columns, first, _as_int32(seed), _as_int32(seed >> 32),
             ROWS=ROWS, WORDS=WORDS, ROUNDS=10, num_warps=4,
         )  # fmt: skip
