@@ -9,24 +9,100 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+from torch.nn import Parameter
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-    """``kernel[grid](*arguments, **meta)`` on the device of the first argument.
+    """``kernel[grid](*arguments, **meta)`` on the device of the first argument; constants (``tl.constexpr``) are given by name.
 
     Raises:
         RuntimeError: a CUDA graph is being captured and the kernel has not been compiled for such arguments.
     """
     device = arguments[0].device
-    elsewhere = device.index is not None and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        with _compiled_only(kernel) if capturing() else contextlib.nullcontext():
-            kernel[grid](*arguments, **meta)
+    if device.index is not None and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(kernel, grid, device, arguments, meta)
+    else:
+        _launch(kernel, grid, device, arguments, meta)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...], meta: dict[str, Any]
+) -> None:
+    specialisation = None if kernel.pre_run_hooks else _specialisation(arguments)
+    # Triton's own look-up of what it has compiled is two thirds of the time of a launch of many arguments
+    key = (kernel.fn, device, specialisation, *meta, *meta.values(), *_knobs())
+    if specialisation is not None and (found := _compiled.get(key)) is not None:
+        found.kernel[(*grid, 1, 1)](*arguments, *found.constants)
+        return
+    with _compiled_only(kernel) if capturing() else contextlib.nullcontext():
+        compiled = kernel[grid](*arguments, **meta)
+    constants = _constants(kernel, len(arguments), meta)
+    if specialisation is not None and constants is not None and isinstance(compiled, CompiledKernel):
+        _compiled[key] = Compiled(compiled, constants)
+
+
+class Compiled(NamedTuple):
+    """What a launch of one kind becomes: a compiled kernel takes all of its parameters by position, the constants too."""
+
+    kernel: CompiledKernel
+    constants: tuple[Any, ...]
+
+
+_compiled: dict[tuple[Any, ...], Compiled] = {}
+
+
+def _specialisation(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A key at least as fine as Triton's own, or None for a kind of argument that is not known here.
+
+    An integer counts by its class alone (1, a multiple of 16, too large for an int32), so there are few keys however many
+    batch sizes there are. It is a part of every launch: hence one loop, with the commonest types first.
+    """
+    key: list[Any] = []
+    add = key.append
+    for value in arguments:
+        kind = type(value)
+        if kind is int:
+            add(value & 15 == 0 if 1 < value < 1 << 31 else _unusual(value))
+        elif kind is Tensor or kind is Parameter:
+            add(value.dtype)
+            add(value.data_ptr() & 15 == 0)
+        elif kind in _PLAIN:
+            add(kind)
+        elif kind is TensorDescriptor:
+            add((value.base.dtype, *value.block_shape))
+        else:
+            return None
+    return tuple(key)
+
+
+_PLAIN = frozenset((type(None), float, bool))  # told apart by nothing but their type
+
+
+def _unusual(value: int) -> tuple[bool | str, ...]:
+    """The class of an integer that is at most 1, or too large for an int32."""
+    width = "i32" if -(1 << 31) <= value < 1 << 31 else "i64" if -(1 << 63) <= value < 1 << 63 else "u64"
+    return width, value == 1, value & 15 == 0
+
+
+def _knobs() -> tuple[Any, Any]:
+    """What else decides what Triton compiles, and may be changed between two launches."""
+    return triton.knobs.runtime.debug, triton.knobs.compilation.instrumentation_mode
+
+
+def _constants(kernel: Any, given: int, meta: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The values of the constants in the kernel's order; None unless they are all that is not given by position, and by name."""
+    names = kernel.arg_names[given:]
+    if list(kernel.constexprs) != list(range(given, given + len(names))) or not meta.keys() >= set(names):
+        return None
+    return tuple(meta[name] for name in names)
 
 
 @contextlib.contextmanager
