@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from svdkern.triton_kernels.configs import Config
 
 from svdkern.backends import triton_tiles
@@ -16,5 +17,5 @@ ROW = Row(80, "bfloat16", "forward", SHAPE, OTHER, 1e-3, 1.2e-3, GPU, "3.9.0")
 
 
 def chosen(family: str = "forward", shape: Shape = SHAPE, arch: int = 80, dtype: str = "bfloat16") -> Config | None:
-    found = triton_tiles._find(GPU, arch, dtype, family, shape)
+    found = triton_tiles._find(GPU, arch, getattr(torch, dtype), family, shape)
     return None if found is None else found.config

@@ -288,7 +288,7 @@ def backward(
     wants_p = want.x or want.u or want.sigma or want.scale or want.core or want.gate
 
     def sums(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.empty(shape, dtype=torch.float32, device=dy.device) if wanted else None
+        return dy.new_empty(*shape, dtype=torch.float32) if wanted else None
 
     between = [dy.new_empty(rows, R) if wanted else None for wanted in (want.x or want.u, want.v)]
     of_row_groups = (

@@ -66,22 +66,25 @@ def pack(
     """Both factors packed, each as rows (L, R) or as columns (R, L); control (int32) zeroed."""
     r = first.shape[1]
     R = padded(r)
-    outs = []
-    for factor, rows in ((first, first_rows), (second, second_rows)):
-        length = factor.shape[0]
-        # 16-byte rows: a length that is no multiple of 8 gets a longer stride
-        shape = (length, R) if rows else (R, -(-length // 8) * 8)
-        outs.append(factor.new_empty(shape, dtype=dtype))
-    strides = [
-        (out.stride(0), 1) if rows else (1, out.stride(0))
-        for out, rows in zip(outs, (first_rows, second_rows), strict=True)
-    ]
+    (first_length, _), (second_length, _) = first.shape, second.shape
+    first_out, *first_strides = _packed(first, first_rows, R, dtype)
+    second_out, *second_strides = _packed(second, second_rows, R, dtype)
     block = 64 if R <= 128 else 16  # rows of a program
-    grid = (ceil_div(first.shape[0], block) + ceil_div(second.shape[0], block),)
+    grid = (ceil_div(first_length, block) + ceil_div(second_length, block),)
     launching.launch(
         pack_kernel, grid,
-        first, first.stride(0), first.stride(1), first.shape[0], outs[0], *strides[0],
-        second, second.stride(0), second.stride(1), second.shape[0], outs[1], *strides[1],
+        first, *first.stride(), first_length, first_out, *first_strides,
+        second, *second.stride(), second_length, second_out, *second_strides,
         r, control, 0 if control is None else control.numel(), R=R, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return outs[0], outs[1]
+    return first_out, second_out
+
+
+def _packed(factor: Tensor, rows: bool, R: int, dtype: torch.dtype) -> tuple[Tensor, int, int]:
+    """Where a factor goes, and by which strides (of L, of R)."""
+    length = factor.shape[0]
+    if rows:
+        return factor.new_empty(length, R, dtype=dtype), R, 1
+    # 16-byte rows: a length that is no multiple of 8 gets a longer stride
+    stride = -(-length // 8) * 8
+    return factor.new_empty(R, stride, dtype=dtype), 1, stride

@@ -44,7 +44,7 @@ def shrink(
     BM, BK = config.BM, config.BK
     per_split = -(-width // (splits * BK)) * BK
     splits = -(-width // per_split)
-    out = torch.empty(splits, rows, r, dtype=torch.float32, device=a.device)
+    out = a.new_empty(splits, rows, r, dtype=torch.float32)
     launching.launch(
         shrink_kernel, (ceil_div(rows, BM), splits),
         a, a.stride(0), rows, width, u, *u.stride(), r, out, rng_state, threshold, keep_scale, per_split,

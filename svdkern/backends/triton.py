@@ -190,7 +190,7 @@ def _outputs(
     want: Gradients, dy: Tensor, u: Tensor, sigma: Tensor | None, v: Tensor, scale: Tensor, core: Tensor | None
 ) -> dict[str, Tensor]:
     """Where the kernels write: in the operands' dtypes, dU and dV in their layout too, a gate's gradient row by row."""
-    device, (rows, r) = dy.device, (dy.shape[0], u.shape[1])
+    rows, r = dy.shape[0], u.shape[1]
     outs = {}
     for name, like in (("u", u), ("v", v)):
         if getattr(want, name):
@@ -204,9 +204,9 @@ def _outputs(
     if want.bias:
         outs["bias"] = dy.new_empty(v.shape[0])
     if want.scale:
-        outs["scale"] = torch.empty((), dtype=scale.dtype, device=device)
+        outs["scale"] = dy.new_empty((), dtype=scale.dtype)
     if want.gate:
-        outs["gate"] = torch.empty(rows, r, dtype=torch.float32, device=device)
+        outs["gate"] = dy.new_empty(rows, r, dtype=torch.float32)
     return outs
 
 
@@ -235,9 +235,10 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _tma(arch: int, a: Tensor, weight: Tensor) -> bool:
     """Whether both operands can be read through tensor descriptors: 16-byte rows, at addresses that are multiples of 16."""
-    if arch < 90 or a.dtype == torch.float32:
-        return False
-    return all(
-        t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0
-        for t in (a, weight)
-    )
+    return arch >= 90 and a.dtype != torch.float32 and _described(a) and _described(weight)
+
+
+def _described(matrix: Tensor) -> bool:
+    """Whether a descriptor can have this matrix of 16-bit numbers."""
+    row, column = matrix.stride()
+    return column == 1 and row % 8 == 0 and row >= matrix.shape[1] and matrix.data_ptr() % 16 == 0

@@ -232,7 +232,7 @@ def choose(family: str, device: torch.device, dtype: torch.dtype, core: bool, sh
     arch = launching.architecture(device)
     if not core:
         name = gpu_name(device) if device.type == "cuda" else ""
-        if (row := _find(name, arch, str(dtype).removeprefix("torch."), family, shape)) is not None:
+        if (row := _find(name, arch, dtype, family, shape)) is not None:
             return row.config
     return rule(family, arch, dtype, core, shape, launching.processors(device))
 
@@ -246,14 +246,15 @@ def rule(family: str, arch: int, dtype: torch.dtype, core: bool, shape: Shape, p
 
 
 @functools.lru_cache(maxsize=4096)
-def _find(gpu: str, arch: int, dtype: str, family: str, shape: Shape) -> Row | None:
+def _find(gpu: str, arch: int, dtype: torch.dtype, family: str, shape: Shape) -> Row | None:
     both = tables(gpu)
+    of_kind = (arch, str(dtype).removeprefix("torch."), family, shape.r)
     near: list[tuple[float, bool, Shape, Row]] = []
     for rows, shipped in ((both.shipped, True), (both.tuned, False)):
         if not shipped and rows and distributed():
             continue
         for row in rows:
-            if (row.arch, row.dtype, row.family, row.shape.r) == (arch, dtype, family, shape.r):
+            if (row.arch, row.dtype, row.family, row.shape.r) == of_kind:
                 near.append((distance(row.shape, shape), shipped, row.shape, row))
     best = min(near, key=lambda candidate: candidate[:3], default=None)
     return best[3] if best is not None and best[0] < math.inf else None
