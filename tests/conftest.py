@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from unusable_device import pytest_runtest_protocol  # noqa: F401
 
 from svdkern.backends import choices, dispatch, extension, triton_tiles, tuned
 from svdkern.backends.table import Table, write_table
