@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulated import emulation
+from svdkern.triton_kernels import sketch as sketch_kernel
 from test_triton_svd import CPU, check_products, factors_of
 
-from svdkern.backends import dispatch, triton_svd
+from svdkern.backends import dispatch, triton, triton_svd
 from svdkern.linalg import exact_residual, topk_svd
 from svdkern.linalg import operand as operands
 from svdkern.linalg import residual as residuals
@@ -22,7 +23,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     monkeypatch.setattr(dispatch, "why_not", lambda name, device, dtype: None)
     monkeypatch.setattr("svdkern.backends.triton.why_not", lambda device, dtype: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(triton_svd, "_runs", lambda device: True)
+    monkeypatch.setattr(triton, "compiles", lambda device: True)
     monkeypatch.delenv("SVDKERN_BACKEND", raising=False)
     yield monkeypatch
     monkeypatch.undo()
@@ -32,24 +33,53 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 @pytest.mark.parametrize(
     ("asked", "device", "bits", "products"),
     [
-        (None, "cuda", False, False),
+        (None, "cuda", True, False),
         ("triton", "cuda", True, True),
         ("eager", "cuda", False, False),
+        ("cpu", "cuda", False, False),
+        ("cuda", "cuda", False, False),
         (None, "cpu", False, False),
         ("triton", "cpu", False, False),
     ],
 )
-def test_the_kernels_are_taken_only_where_triton_is_named(
+def test_which_backend_takes_the_kernels(
     environment: pytest.MonkeyPatch, asked: str | None, device: str, bits: bool, products: bool
 ) -> None:
     if asked is not None:
         environment.setenv("SVDKERN_BACKEND", asked)
     dispatch.read_environment()
-    matrix = types.SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=torch.bfloat16)
+    matrix = a_matrix(device=device, elements=1)
     assert triton_svd.has_same_bits(torch.device(device)) is bits
-    assert triton_svd.is_asked_for(matrix) is products  # type: ignore[arg-type]
-    matrix.dtype = torch.float64
-    assert triton_svd.is_asked_for(matrix) is False  # type: ignore[arg-type]
+    assert triton_svd.takes_products(matrix) is products
+    assert triton_svd.takes_products(a_matrix(device=device, dtype=torch.float64)) is False
+
+
+def a_matrix(
+    device: str = "cuda", dtype: torch.dtype = torch.bfloat16, elements: int = triton_svd.MANY_ELEMENTS
+) -> torch.Tensor:
+    """One that need not fit into memory, nor lie where it says."""
+    like = types.SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=dtype)
+    like.numel = lambda: elements
+    return like  # type: ignore[return-value]
+
+
+def test_products_unasked_are_for_large_matrices_of_16_bits_on_hopper(environment: pytest.MonkeyPatch) -> None:
+    environment.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    dispatch.read_environment()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert triton_svd.takes_products(a_matrix(dtype=dtype))
+        assert not triton_svd.takes_products(a_matrix(dtype=dtype, elements=triton_svd.MANY_ELEMENTS - 1))
+    assert not triton_svd.takes_products(a_matrix(dtype=torch.float32))
+    environment.setattr(triton, "compiles", lambda device: False)
+    assert not triton_svd.takes_products(a_matrix())
+    environment.setattr(triton, "compiles", lambda device: True)
+    for capability in ((8, 0), (8, 9), (10, 0)):
+        environment.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert not triton_svd.takes_products(a_matrix())
+    environment.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    environment.setattr(triton, "why_not", lambda device, dtype: "no triton")
+    assert not triton_svd.takes_products(a_matrix())
+    assert not triton_svd.has_same_bits(torch.device("cuda"))
 
 
 def test_a_machine_that_cannot_compile_goes_on_with_torch(
@@ -58,11 +88,25 @@ def test_a_machine_that_cannot_compile_goes_on_with_torch(
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(triton_svd, "sketch", fail)
-    assert triton_svd._runs.__wrapped__(CPU) is False
-    assert "Failed to find C compiler" in caplog.text
-    monkeypatch.setattr(triton_svd, "sketch", lambda *arguments, **options: torch.ones(1, 1))
-    assert triton_svd._runs.__wrapped__(CPU) is True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton, "_compiles", {})
+    monkeypatch.setattr(sketch_kernel, "sketch", fail)
+    for _ in range(2):
+        assert triton.compiles(CPU) is False
+    assert caplog.text.count("Failed to find C compiler") == 1
+    monkeypatch.setattr(sketch_kernel, "sketch", lambda *arguments, **options: torch.ones(1, 1))
+    assert triton.compiles(torch.device("cpu", 0)) is True  # as another device
+
+
+def test_whether_kernels_compile_is_not_found_out_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_compiles", {})
+    monkeypatch.setattr(sketch_kernel, "sketch", lambda *arguments, **options: torch.ones(1, 1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert triton.compiles(CPU) is False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert triton.compiles(CPU) is True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert triton.compiles(CPU) is True
 
 
 @pytest.mark.emulator
@@ -81,7 +125,7 @@ def test_the_public_calls_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("turned", [False, True])
 def test_an_operand_takes_the_products(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, turned: bool) -> None:
-    monkeypatch.setattr(triton_svd, "is_asked_for", lambda matrix: True)
+    monkeypatch.setattr(triton_svd, "takes_products", lambda matrix: True)
     monkeypatch.setattr(operands.extension, "why_missing", "not in this test")
     matrix = (1e5 * torch.randn(90, 60)).to(dtype)
     matrix = matrix.t() if turned else matrix
@@ -101,7 +145,7 @@ def test_an_operand_takes_the_products(monkeypatch: pytest.MonkeyPatch, dtype: t
 @pytest.mark.emulator
 @pytest.mark.slow
 def test_triplets_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_svd, "is_asked_for", lambda matrix: True)
+    monkeypatch.setattr(triton_svd, "takes_products", lambda matrix: True)
     monkeypatch.setattr(triton_svd, "has_same_bits", lambda device: True)
     monkeypatch.setattr(operands.extension, "why_missing", "not in this test")
     sigma = torch.arange(1, 201) ** -1.0

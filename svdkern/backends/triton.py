@@ -14,6 +14,7 @@ is captured. Tiles are looked up in ``triton_tiles``.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 
@@ -26,6 +27,8 @@ from svdkern.backends.formula import Gradients, as_rows, as_shaped, cast, gate_g
 from svdkern.backends.philox import DROPS_ALL, keep_scale
 from svdkern.backends.table import Shape
 from svdkern.triton_kernels.configs import Config
+
+log = logging.getLogger("svdkern")
 
 Tiles = Callable[[str, torch.device, torch.dtype, bool, Shape], Config]
 
@@ -62,6 +65,32 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the triton backend has no {dtype} (it has {', '.join(str(d) for d in DTYPES)})"
     return None
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether a kernel can be compiled and started: Triton also needs a C compiler, which a machine may lack.
+
+    Found out by starting one, which cannot be done while a CUDA graph is captured: then False, unless it is known.
+    """
+    known = _compiles.get(device)
+    if known is None:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        known = _compiles[device] = _starts(device)
+    return known
+
+
+_compiles: dict[torch.device, bool] = {}
+
+
+def _starts(device: torch.device) -> bool:
+    from svdkern.triton_kernels import sketch
+
+    try:
+        return float(sketch.sketch(1, 1, seed=0, first=0, dtype=torch.float32, device=device)) in (-1.0, 1.0)
+    except Exception as error:  # a compiler, a linker and a driver have their say, each in its own way
+        log.warning("Triton's kernels cannot be used, PyTorch's operations are: %s", error)
+        return False
 
 
 class TritonBackend(EagerBackend):

@@ -1,34 +1,33 @@
 """The Triton kernels behind the SVD (``triton_kernels/sketch.py``, ``residual.py``, ``normal.py``), and when a call takes them.
 
-Only where ``SVDKERN_BACKEND`` names triton, as for the linear: no GPU has run them yet. Sketch and residual have the bits of
-PyTorch's operations, of which they save hundreds of launches; the products of a Krylov step have other bits.
+Sketch and residual have the bits of PyTorch's operations, of which they save hundreds of launches: they are taken wherever
+Triton can serve, unless ``SVDKERN_BACKEND`` names another backend. The products of a Krylov step have other bits, and their own
+launches cost what they save of a small matrix: unasked they are taken only for what an H100 was faster with.
 
 Layer: above ``dispatch``.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import torch
 from torch import Tensor
 
 from svdkern.backends import dispatch, triton
 
-log = logging.getLogger("svdkern")
+MANY_ELEMENTS = 1 << 25
+"""Of a 16-bit matrix whose products are taken unasked on sm_90: 14336 x 4096 was faster so, 4096 x 4096 not, nor most of float32."""
 
 
 def has_same_bits(device: torch.device) -> bool:
     """Whether ``sketch`` and ``residual`` are to be taken on this device."""
-    if device.type != "cuda" or dispatch.named() != "triton" or _is_traced():
+    if device.type != "cuda" or dispatch.named() not in (None, "triton") or _is_traced():
         return False
-    return (
-        triton.why_not(device, torch.float32) is None and not torch.cuda.is_current_stream_capturing() and _runs(device)
-    )
+    if triton.why_not(device, torch.float32) is not None or torch.cuda.is_current_stream_capturing():
+        return False
+    return triton.compiles(device)
 
 
-def is_asked_for(matrix: Tensor) -> bool:
+def takes_products(matrix: Tensor) -> bool:
     """Whether ``product`` and ``both`` are to be taken for this matrix.
 
     Raises:
@@ -36,22 +35,18 @@ def is_asked_for(matrix: Tensor) -> bool:
     """
     if not matrix.is_cuda or matrix.dtype not in triton.DTYPES or _is_traced():
         return False
-    return dispatch.choose(matrix, None) is dispatch.BACKENDS["triton"]
+    if dispatch.named() is not None:
+        return dispatch.choose(matrix, None) is dispatch.BACKENDS["triton"]
+    if matrix.dtype.itemsize != 2 or matrix.numel() < MANY_ELEMENTS:
+        return False
+    if torch.cuda.get_device_capability(matrix.device) != (9, 0):
+        return False
+    return triton.why_not(matrix.device, matrix.dtype) is None and triton.compiles(matrix.device)
 
 
 def _is_traced() -> bool:
     """By what does not see into a kernel."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-@functools.cache
-def _runs(device: torch.device) -> bool:
-    """Whether a kernel can be compiled and started: Triton also needs a C compiler, which a machine may lack."""
-    try:
-        return float(sketch(1, 1, seed=0, first=0, dtype=torch.float32, device=device)) in (-1.0, 1.0)
-    except Exception as error:  # a compiler, a linker and a driver have their say, each in its own way
-        log.warning("the SVD's kernels cannot be used, PyTorch's operations are: %s", error)
-        return False
 
 
 def sketch(rows: int, columns: int, *, seed: int, first: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -3,8 +3,9 @@
 On the CPU both products of a step come from one read of the matrix (``csrc/cpu/normal.h``) where that is faster than the
 BLAS: always for half precision, for float32 up to a width that was measured. Wider blocks, float64 and other devices go to
 the BLAS as they are; the scale, a power of two, is applied to the product, which is exact. What is left (two strides, values
-near the ends of the range) is read panel by panel: a few MB at a time are cast, scaled and multiplied. On a GPU under
-``SVDKERN_BACKEND=triton`` the products are those of ``triton_kernels/normal.py``, for any dtype but float64.
+near the ends of the range) is read panel by panel: a few MB at a time are cast, scaled and multiplied. On a GPU the
+products are those of ``triton_kernels/normal.py`` under ``SVDKERN_BACKEND=triton``, for any dtype but float64, and unasked where
+``backends/triton_svd.py`` says so: large matrices of half precision on sm_90.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Operand:
         self._plain = matrix.dtype == self.dtype and dense and abs(self.power) <= _PLAIN[self.dtype]
         self._has_kernel = self._has_kernel and abs(self.power) <= _SCALED
         self._by_triton = (
-            dense and self.dtype == torch.float32 and abs(self.power) <= _SCALED and triton_svd.is_asked_for(matrix)
+            dense and self.dtype == torch.float32 and abs(self.power) <= _SCALED and triton_svd.takes_products(matrix)
         )
         self.has_rough = (
             self._has_kernel
