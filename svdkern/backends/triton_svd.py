@@ -15,7 +15,7 @@ from torch import Tensor
 from svdkern.backends import dispatch, triton
 
 MANY_ELEMENTS = 1 << 25
-"""Of a 16-bit matrix whose products are taken unasked on sm_90: 14336 x 4096 was faster so, 4096 x 4096 not, nor most of float32."""
+"""Of a 16-bit matrix whose products are taken unasked on sm_90: 14336 x 4096 was faster so, 4096 x 4096 was not, float32 hardly."""
 
 
 def has_same_bits(device: torch.device) -> bool:
