@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdkern.backends import choices, cuda, dispatch, extension, triton, tuned
+from svdkern.backends import choices, cuda, dispatch, extension, gpu_choice, triton, tuned
 from svdkern.backends.cpu import SMALL_M, SMALL_WORK, isa, kernels_win
 from svdkern.backends.table import Shape
 from svdkern.functional import svd_linear
@@ -100,8 +100,9 @@ def _compiled() -> list[str]:
     if missing is None:
         lines.append("  can be imported; run from their PTX for sm_80 and sm_90 by the tests, compiled only for sm_100")
         lines.append(
-            '  taken where a call names them (backend="triton", SVDKERN_BACKEND=triton); otherwise a GPU\'s call takes eager'
+            '  taken where a call names them (backend="triton", SVDKERN_BACKEND=triton); unasked on sm_90, in bfloat16 and'
         )
+        lines.append(f"  float16, by layers of {gpu_choice.RULE}; other calls on a GPU take eager")
     else:
         lines.append(f"  missing: {missing}")
     lines.append("settings")
@@ -117,7 +118,7 @@ def _choices(shape: Shape | None) -> list[str]:
         for name, dtype in _DTYPES.items():
             try:
                 chosen = dispatch.choose(torch.empty(0, dtype=dtype, device=device), None).name
-                lines.append(f"  {device:<6}{name:<10}{chosen:<8}{_rule(chosen, dtype)}")
+                lines.append(f"  {device:<6}{name:<10}{chosen:<8}{_rule(chosen, device, dtype)}")
             except RuntimeError as error:
                 lines.append(f"  {device:<6}{name:<10}none: {error}".splitlines()[0])
     try:
@@ -135,8 +136,13 @@ _PATHS = {
 }
 
 
-def _rule(chosen: str, dtype: torch.dtype) -> str:
-    if chosen != "cpu":
+def _rule(chosen: str, device: str, dtype: torch.dtype) -> str:
+    if chosen in ("triton", "cuda"):
+        return "its kernels"
+    if chosen == "eager":
+        unasked = device == "cuda" and dispatch.named() is None
+        if unasked and gpu_choice.may_take_triton(torch.device(device, torch.cuda.current_device()), dtype):
+            return f"{_PATHS['eager']}; triton if {gpu_choice.RULE}"
         return _PATHS["eager"]
     if kernels_win(dtype):
         return f"by the tables, else the rule: {_PATHS['fused']}"

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from svdkern.autocast import autocast_is_on
 from svdkern.backends import dispatch
+from svdkern.backends.formula import Backend
+from svdkern.backends.philox import threshold_of
 from svdkern.functional import svd_linear
 from svdkern.nn import SVDLinear
 
@@ -53,19 +56,33 @@ def warmup(model: nn.Module, rows: Iterable[int], *, dtype: torch.dtype | None =
         if not isinstance(layer, SVDLinear) or layer.merged:
             continue
         base = layer.base_dtype if layer.residual is None else layer.residual.dtype
-        like = torch.empty(0, dtype=dtype or base, device=layer.u.device)
-        if like.is_meta or dispatch.choose(like, None).name not in ("triton", "cuda"):
+        device = layer.u.device
+        if device.type == "meta":
             continue
+        before = count
         for m in counts:
-            _run(layer, like.new_zeros(m, layer.in_features))
-            count += 1
+            x = torch.zeros(m, layer.in_features, dtype=dtype or base, device=device)
+            if _backend(layer, x).name in ("triton", "cuda"):
+                _run(layer, x)
+                count += 1
+        if count == before:
+            continue
         with torch.no_grad():
             layer.config.penalty([layer])  # its Gram matrix has a kernel of its own
-        if like.is_cuda:
-            devices.add(like.device)
+        if device.type == "cuda":
+            devices.add(device)
     for device in devices:
         torch.cuda.synchronize(device)
     return count
+
+
+def _backend(layer: SVDLinear, x: Tensor) -> Backend:
+    """What ``svd_linear`` will take for this layer."""
+    if autocast_is_on(x.device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    threshold = threshold_of(layer.dropout_p if layer.training else 0.0)
+    with torch.no_grad():
+        return dispatch.choose_path(x, layer.config.product(layer).v, "", threshold)
 
 
 def _run(layer: SVDLinear, x: Tensor) -> None:

@@ -120,12 +120,6 @@ def test_a_rank_above_512_falls_back(caplog: pytest.LogCaptureFixture) -> None:
     assert torch.equal(y, fused(o, backend="eager"))
 
 
-def test_nothing_changes_on_a_gpu_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "why_not", lambda name, device, dtype: None)
-    assert dispatch._decide(None, torch.device("cuda", 0), torch.bfloat16).name == "eager"
-    assert dispatch._decide("triton", torch.device("cuda", 0), torch.bfloat16).name == "triton"
-
-
 # ----------------------------------------------------------------------------------------------------------- launches
 
 

@@ -1,8 +1,8 @@
 """Which backend a call takes.
 
 ``backend=None`` means the fastest correct one for the device, dtype and size of the layer; on the CPU that is looked up in
-tables of measurements (``choices``). ``SVDKERN_BACKEND=name`` or ``backend="name"`` force one: then a case that it cannot do
-falls back to eager with one log line, or is an error under ``SVDKERN_STRICT=1``.
+tables of measurements (``choices``), on a GPU it is a rule (``gpu_choice``). ``SVDKERN_BACKEND=name`` or ``backend="name"`` force
+one: then a case that it cannot do falls back to eager with one log line, or is an error under ``SVDKERN_STRICT=1``.
 The environment is read once, when svdkern is imported; ``read_environment`` reads it again, and the tables.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdkern.backends import choices, cpu, cuda, extension, triton
+from svdkern.backends import choices, cpu, cuda, extension, gpu_choice, triton
 from svdkern.backends.formula import Backend
 from svdkern.backends.table import Shape
 
@@ -122,21 +122,28 @@ def _look_up(
         _alone = alone
         _paths.clear()
     found, keep = choose(a, requested), True
+    rows, width = math.prod(a.shape[:-1]), a.shape[-1]
+    other, rank = factor.shape
+    shape = Shape(rows, other, width, rank) if backward else Shape(rows, width, other, rank)
     if found is BACKENDS["cpu"]:
-        rows, width = math.prod(a.shape[:-1]), a.shape[-1]
-        other, rank = factor.shape
-        shape = Shape(rows, other, width, rank) if backward else Shape(rows, width, other, rank)
         if _environment.autotune and requested != "":
             keep = choices.autotune(shape, a.dtype)
         found = cpu.PATHS[_path(shape, a.dtype, requested, threshold).path]
+    elif a.is_cuda and _is_automatic(requested):
+        keep = not torch.cuda.is_current_stream_capturing()  # when not everything can be found out
+        if gpu_choice.takes_triton(shape, a.device, a.dtype, threshold):
+            found = BACKENDS["triton"]
     if keep:
         _paths[key] = found
     return found
 
 
 def _path(shape: Shape, dtype: torch.dtype, requested: str | None, threshold: int) -> choices.Choice:
-    automatic = not requested and _environment.backend is None
-    return choices.choose(shape, dtype, eager=automatic and not threshold)
+    return choices.choose(shape, dtype, eager=_is_automatic(requested) and not threshold)
+
+
+def _is_automatic(requested: str | None) -> bool:
+    return not requested and _environment.backend is None
 
 
 def explain(shape: Shape, dtype: torch.dtype) -> choices.Choice:
@@ -154,7 +161,7 @@ def explain(shape: Shape, dtype: torch.dtype) -> choices.Choice:
 
 
 def choose(x: Tensor, requested: str | None) -> Backend:
-    """The backend for activations like ``x``, whatever the size of the layer.
+    """The backend for activations like ``x``, whatever the size of the layer; on a GPU some sizes take Triton's unasked.
 
     Raises:
         ValueError: the requested name is unknown.

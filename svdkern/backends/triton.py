@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from svdkern.backends import triton_tiles
 from svdkern.backends.eager import EagerBackend
@@ -94,7 +95,8 @@ def _starts(device: torch.device) -> bool:
 
 
 class TritonBackend(EagerBackend):
-    """Whole calls by the Triton kernels; PyTorch's operators where something is empty, everything is dropped, r is too large."""
+    """Whole calls by the Triton kernels; PyTorch's operators where something is empty or r is too large, everything is dropped, or
+    somebody looks on who sees operators alone."""
 
     name = "triton"
 
@@ -118,7 +120,8 @@ class TritonBackend(EagerBackend):
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
         rows, r = math.prod(x.shape[:-1]), u.shape[1]
-        if threshold == DROPS_ALL or not (rows and u.numel() and v.numel()) or not self._serves(x.dtype, r, core):
+        empty = not (rows and u.numel() and v.numel())
+        if threshold == DROPS_ALL or empty or _is_watched(x) or not self._serves(x.dtype, r, core):
             return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         from svdkern.triton_kernels import configs, forward, launching, linear, pack, shrink
 
@@ -167,7 +170,7 @@ class TritonBackend(EagerBackend):
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
         rows, r = math.prod(dy.shape[:-1]), u.shape[1]
         empty = batched or not (rows and u.numel() and v.numel())
-        if threshold == DROPS_ALL or empty or not self._serves(dy.dtype, r, core):
+        if threshold == DROPS_ALL or empty or _is_watched(dy) or not self._serves(dy.dtype, r, core):
             return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
         from svdkern.triton_kernels import backward, launching, pack
 
@@ -237,6 +240,11 @@ def _outputs(
     if want.gate:
         outs["gate"] = dy.new_empty(rows, r, dtype=torch.float32)
     return outs
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether x is a tensor that need not have memory (a fake one), or a mode records which operators run (make_fx)."""
+    return (type(x) is not Tensor and type(x) is not Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _rows(x: Tensor) -> Tensor:
