@@ -138,18 +138,13 @@ def test_warmup_runs_the_layers_that_take_triton(gpu: pytest.MonkeyPatch) -> Non
     layer = svdkern.SVDLinear(32, 48, 4, dtype=torch.bfloat16, dropout_p=0.5)
     gpu.setattr(gpu_choice, "LEAST_WIDTH", 32)
 
-    def choose(x: torch.Tensor, v: torch.Tensor, requested: str, threshold: int) -> object:
+    real, ran = dispatch.choose_path, list[int]()
+
+    def as_if_on_the_gpu(x: torch.Tensor, v: torch.Tensor, requested: str, threshold: int) -> object:
         assert requested == ""  # which never measures
-        like = on_the_gpu(*x.shape, dtype=x.dtype)
-        return chosen_of(like, v, threshold)
+        return real(on_the_gpu(*x.shape, dtype=x.dtype), v, requested, threshold)
 
-    real = dispatch.choose_path
-
-    def chosen_of(x: torch.Tensor, v: torch.Tensor, threshold: int) -> object:
-        return real(x, v, "", threshold)
-
-    ran: list[int] = []
-    gpu.setattr(dispatch, "choose_path", choose)
+    gpu.setattr(dispatch, "choose_path", as_if_on_the_gpu)
     gpu.setattr("svdkern.graphs._run", lambda layer, x: ran.append(len(x)))
     assert svdkern.warmup(layer, [16, 1024, 4096]) == 0  # dropout
     assert svdkern.warmup(layer.eval(), [16, 1024, 4096]) == 2

@@ -37,15 +37,16 @@ def _launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...], meta: dict[str, Any]
 ) -> None:
     specialisation = None if kernel.pre_run_hooks else _specialisation(arguments)
-    # Triton's own look-up of what it has compiled is two thirds of the time of a launch of many arguments
+    # Triton's own look-up of what it has compiled is most of the time of a launch of many arguments
     key = (kernel.fn, device, specialisation, *meta, *meta.values(), *_knobs())
     if specialisation is not None and (found := _compiled.get(key)) is not None:
         found.kernel[(*grid, 1, 1)](*arguments, *found.constants)
         return
     with _compiled_only(kernel) if capturing() else contextlib.nullcontext():
         compiled = kernel[grid](*arguments, **meta)
-    constants = _constants(kernel, len(arguments), meta)
-    if specialisation is not None and constants is not None and isinstance(compiled, CompiledKernel):
+    if specialisation is None or not isinstance(compiled, CompiledKernel):
+        return
+    if (constants := _constants(kernel, len(arguments), meta)) is not None:
         _compiled[key] = Compiled(compiled, constants)
 
 
