@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from operands import cast, check
+from svdkern.triton_kernels import launching
 from test_gpu_backends import DTYPES, scaled
 from torch import Tensor
 
@@ -110,3 +111,34 @@ def test_the_penalty_takes_the_kernel_where_it_is_named(monkeypatch: pytest.Monk
     assert calls == [1]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_layer_takes_these_kernels_unasked_on_hopper(dtype: torch.dtype) -> None:
+    o = cast(scaled(1024, 2048, 2048, 16), dtype, (torch.float32,) * 3)
+    unasked = dispatch.choose_path(o["x"], o["v"], None, 0)
+    assert unasked.name == ("triton" if torch.cuda.get_device_capability() == (9, 0) else "eager")
+    layer = (o["x"], o["weight"], o["u"], o["sigma"], o["v"])
+    assert torch.equal(svd_linear(*layer), svd_linear(*layer, backend=unasked.name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_remembered_kernel_gives_what_a_new_launch_does(
+    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
+) -> None:
+    def step() -> list[Tensor]:
+        x, u, v = (o[name].clone().requires_grad_() for name in ("x", "u", "v"))
+        y = svd_linear(x, o["weight"], u, o["sigma"], v, o["bias"], scale=o["scale"], backend="triton")
+        return [y, *torch.autograd.grad(y, (x, u, v), dy)]
+
+    monkeypatch.setattr(launching, "_compiled", {})
+    counts = []
+    for _ in range(2):
+        o = cast(scaled(rows, 256, 384, 16), dtype, (torch.float32,) * 3)
+        dy = torch.randn(rows, 384, device="cuda", dtype=dtype)
+        remembered = step()
+        counts.append(len(launching._compiled))
+    assert 0 < counts[0] == counts[1]  # the second step took what the first one left
+    monkeypatch.setattr(launching, "_compiled", {})
+    assert all(torch.equal(a, b) for a, b in zip(remembered, step(), strict=True))
