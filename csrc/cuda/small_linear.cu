@@ -19,13 +19,12 @@
 // reads a's by broadcast, 2 rows + 1 clocks for every 512 bytes: up to 16 rows go by unseen, 32 are as long as w takes.
 //
 // In flight: 4 warps, 8 KB of w each, one stage of two: 32 KB a CTA and two or three CTAs an SM, where bandwidth times
-// latency (3 TB/s, 0.8 us, 132 SMs) is 18 KB. Every copy is 16 bytes, whole 128-byte lines of w, past the L1, and first
-// to leave the L2, where a stays. Floor: one read of w; beside it a from the L2 for every 64 columns, M / 64 of w's
+// latency (3 TB/s, 0.8 us, 132 SMs) is 18 KB. Every copy is 16 bytes, whole 128-byte lines of w, past the L1.
+// Floor: one read of w; beside it a from the L2 for every 64 columns, M / 64 of w's
 // bytes.
 #include "epilogue.h"
 #include "launch.h"
 #include "product.h"
-#include "ptx/createpolicy.h"
 #include "splits.h"
 
 namespace svdkern::cuda {
@@ -58,8 +57,8 @@ struct Sums<float, Rows> {
 };
 
 // Starts to copy Rows rows of 128 bytes, from row0 and column0 on, by one warp; zeros outside.
-template <int Rows, bool Once, class T>
-__device__ void copy_rows(unsigned char* tile, const Source<T>& from, int row0, int column0, uint64_t policy) {
+template <int Rows, class T>
+__device__ void copy_rows(unsigned char* tile, const Source<T>& from, int row0, int column0) {
   const int lane = threadIdx.x % 32, chunk = lane % row_chunks, column = column0 + chunk * per_chunk<T>;
   const int left = max(min(from.columns - column, per_chunk<T>), 0);
 #pragma unroll
@@ -68,11 +67,8 @@ __device__ void copy_rows(unsigned char* tile, const Source<T>& from, int row0, 
     const T* at = from.data + (row0 + row) * from.stride + column;  // not looked at where nothing is left
     unsigned char* to = tile + chunk_offset(row, chunk);
     if (from.aligned) {
-      const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-      if constexpr (Once)
-        ptx::cp_async_16(shared, at, elements * static_cast<int>(sizeof(T)), policy);
-      else
-        ptx::cp_async_16(shared, at, elements * static_cast<int>(sizeof(T)));
+      ptx::cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(to)), at,
+                       elements * static_cast<int>(sizeof(T)));
     } else {
       Chunk<T> copied;
 #pragma unroll
@@ -151,7 +147,6 @@ __device__ void add_base(Sums<T, Rows>& acc, const SmallLinearParams& p, int col
   constexpr int depth = row_elements<T>, panels = Trans && sizeof(T) == 4 ? 2 : 1;
   const Source<T> a(p.a, p.a_stride, p.rows, p.depth);
   const Source<T> w(p.w, p.w_stride, Trans ? p.depth : p.columns, Trans ? p.columns : p.depth);
-  const uint64_t once = ptx::createpolicy_evict_first();
   const int warp = threadIdx.x / 32, all = ceil_div(p.depth, depth), each = ceil_div(all, pieces);
   const int first = piece * each + warp, steps = ceil_div(min(each, all - piece * each) - warp, warps);
   unsigned char* ring = shared + warp * S::warp_bytes;
@@ -162,11 +157,11 @@ __device__ void add_base(Sums<T, Rows>& acc, const SmallLinearParams& p, int col
       if constexpr (Trans) {
 #pragma unroll
         for (int i = 0; i < panels; ++i)
-          copy_rows<64 / panels, true>(stage + i * w_bytes / 2, w, k, column0 + i * columns / 2, once);
+          copy_rows<64 / panels>(stage + i * w_bytes / 2, w, k, column0 + i * columns / 2);
       } else {
-        copy_rows<64, true>(stage, w, column0, k, once);
+        copy_rows<64>(stage, w, column0, k);
       }
-      copy_rows<Rows, false>(stage + w_bytes, a, 0, k, once);
+      copy_rows<Rows>(stage + w_bytes, a, 0, k);
     }
     ptx::cp_async_commit_group();  // an empty one counts too
   };

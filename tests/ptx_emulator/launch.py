@@ -80,7 +80,7 @@ def run_ptx(
     machine = Machine(
         kernel, (*grid, *(1,) * (3 - len(grid))), threads, block, reach, shared, schedule, resident, budget
     )
-    machine.late = mode == "late" or (mode == "adversarial" and seed % 2 == 1)
+    machine.late = mode == "late" or (mode == "adversarial" and (seed + seed // len(ADVERSARIES)) % 2 == 1)
     machine.tensor_maps = maps
     machine.in_flight, machine.proxies = InFlight(machine), Proxies(machine)
     machine.copies, machine.products = Copies(machine), Products(machine)

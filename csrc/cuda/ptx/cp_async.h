@@ -12,12 +12,6 @@ __device__ inline void cp_async_16(uint32_t shared, const void* global, int byte
                : "memory");
 }
 
-__device__ inline void cp_async_16(uint32_t shared, const void* global, int bytes, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared),
-               "l"(__cvta_generic_to_global(global)), "r"(bytes), "l"(policy)
-               : "memory");
-}
-
 __device__ inline void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int N>
