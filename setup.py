@@ -166,7 +166,7 @@ class NinjaBuild(build_ext):
         built = f'-DSVDKERN_CUDA_BUILD="{kit.description if cuda else ""}"'
         sources = {**kernel_sources(), "csrc/ops.cpp": f"{operators} {ninja_words(built)}"}
         if cuda:
-            sources[setup_cuda.OPERATORS] = f"{operators} -isystem {ninja_words(kit.include)}"
+            sources |= dict.fromkeys(setup_cuda.OPERATORS, f"{operators} -isystem {ninja_words(kit.include)}")
             ldflags = f"{setup_cuda.link_flags(kit, ninja_words)} {ldflags}"
         lines = [
             "ninja_required_version = 1.5",

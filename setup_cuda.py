@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = tuple(
-    f"csrc/cuda/{name}.cu" for name in ("forward", "linear", "small_linear", "outer", "shrink", "small_shrink", "pack")
+    f"csrc/cuda/{name}.cu" for name in ("forward", "linear", "small_linear", "outer", "shrink", "small_shrink", "pack", "modulate")
 )  # the longest first
-OPERATORS = "csrc/cuda/ops.cpp"
+OPERATORS = ("csrc/cuda/ops.cpp", "csrc/cuda/layer_ops.cpp")
 ARCHS = "80 90+ptx 100 120"
 OLDEST = (12, 8)  # the first nvcc that knows sm_100 and sm_120
 LIBRARIES = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")

@@ -382,6 +382,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
       "_cuda_forward(Tensor x, Tensor columns, int r, Tensor? sigma, Tensor? core, Tensor? gate, Tensor? scale, "
       "float scale_value, Tensor? rng_state, int threshold, Tensor w, Tensor rows, Tensor? bias, Tensor(a!) h, "
       "Tensor(b!) z, Tensor(c!) control, Tensor(d!) y) -> bool");
+  m.def(
+      "_cuda_workspace(Tensor x, int rows, int width, int columns, int r, bool base, bool backward, int mask) -> int");
+  m.def(
+      "_cuda_layer_forward(Tensor x, Tensor? w, Tensor u, Tensor? sigma, Tensor v, Tensor? bias, Tensor? scale, "
+      "float scale_value, Tensor? core, Tensor? gate, Tensor? rng_state, int threshold, Tensor(a!) y, Tensor(b!) h, "
+      "Tensor(c!) workspace) -> ()");
+  m.def(
+      "_cuda_layer_backward(Tensor dy, Tensor? x, Tensor? w, Tensor u, Tensor? sigma, Tensor v, Tensor? scale, "
+      "float scale_value, Tensor? core, Tensor? gate, Tensor? h, Tensor? rng_state, int threshold, Tensor(a!)? dx, "
+      "Tensor(b!)? du, Tensor(c!)? dsigma, Tensor(d!)? dv, Tensor(e!)? p, Tensor(f!) workspace) -> ()");
   m.def("_cuda_probe(Tensor on) -> str");
   m.def("_cuda_build() -> str");
   m.def("_cpu_isa() -> str");

@@ -24,7 +24,7 @@ from svdkern.backends import dispatch, extension
 
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-BETWEEN = ("partial", "counters", "control")  # workspace of one launch or of several
+BETWEEN = ("partial", "counters", "control", "workspace", "p")  # what one launch hands on to another, or to itself
 
 
 def why_not() -> str | None:
@@ -52,7 +52,7 @@ def library() -> cuda.Library:
     loaded = cuda.build(
         "svdkern_cuda",
         tuple(ROOT / source for source in setup_cuda().SOURCES),
-        ((ROOT / setup_cuda().OPERATORS, flags),),
+        tuple((ROOT / source, flags) for source in setup_cuda().OPERATORS),
         (f"-L{torch_folder}/lib", "-ltorch", "-ltorch_cpu", "-lc10"),
     )
     torch.ops.load_library(str(loaded.path))

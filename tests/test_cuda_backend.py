@@ -257,29 +257,3 @@ def test_what_a_gpu_must_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(extension, "why_missing", "no file")
     assert cuda.why_missing() == "the compiled extension is not there: no file"
-
-
-def test_splits_of_few_rows_fill_every_processor_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "processors", lambda device: 132)
-    like = torch.empty(0, dtype=torch.bfloat16)
-
-    def splits(depth: int, out: int, adapter: bool = True, w: torch.Tensor | None = like) -> tuple[int, int]:
-        work = cuda._Work(like)
-        work.small_counters(1, depth, out, w, adapter)
-        return work.of_small[0], work.counted
-
-    assert splits(4096, 4096) == (4 + 1, 64)  # 256 CTAs of w, 64 of the adapter
-    assert splits(4096, 14336) == (1 + 1, 224)
-    assert splits(4096, 14336, adapter=False) == (1, 0)
-    assert splits(512, 64) == (2 + 1, 1)  # four steps of 64 columns each
-    assert splits(4096, 4096, w=None) == (1, 0)
-
-
-def test_splits_keep_every_processor_busy_and_none_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "processors", lambda device: 132)
-    work = cuda._Work(torch.empty(0, dtype=torch.bfloat16))
-    assert work.splits(64 * 300, 16, 4096) == 1  # tiles enough
-    assert work.splits(16, 16, 4096) == 16  # steps of 64 columns, four each at least
-    assert work.splits(4096, 16, 8192) == 5  # 64 tiles
-    assert work.splits(16, 200, 1 << 20) == cuda.MOST_SPLITS
-    assert work.splits(16, 16, 8) == 1

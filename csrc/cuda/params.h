@@ -149,6 +149,21 @@ struct SmallLinearParams {
   Splits splits;  // of the depth, and with sums one more, the adapter's; partial: (splits, rows, columns)
 };
 
+// z = s (h sigma | h R) g in T and dsigma = sum over rows of h s p g, each only where it is wanted.
+struct ModulateParams {
+  const float *h = nullptr, *p = nullptr;  // (rows, r), contiguous
+  int rows = 0, r = 0;
+  DType dtype = DType::f32;
+  Epilogue by;
+  void* z = nullptr;       // (rows, R)
+  void* dsigma = nullptr;  // (r,)
+  int64_t dsigma_stride = 1;
+  DType dsigma_dtype = DType::f32;
+  Splits splits;           // of the rows; partial: (splits, r), a counter for every 16 ranks
+  int* control = nullptr;  // zeroed for the launches that follow, null for none
+  int counters = 0;
+};
+
 // y = x w + z V^T + bias with z of shrink, in one launch. linear.keep has no threshold; shrink.splits is one split.
 struct ForwardParams {
   ShrinkParams shrink;
@@ -162,6 +177,7 @@ cudaError_t probe();
 cudaError_t pack_launch(const PackParams&, cudaStream_t);
 cudaError_t shrink_launch(const ShrinkParams&, cudaStream_t);
 cudaError_t outer_launch(const OuterParams&, cudaStream_t);
+cudaError_t modulate_launch(const ModulateParams&, cudaStream_t);
 cudaError_t linear_launch(const LinearParams&, cudaStream_t);
 cudaError_t small_shrink_launch(const SmallShrinkParams&, cudaStream_t);
 cudaError_t small_linear_launch(const SmallLinearParams&, cudaStream_t);
@@ -175,7 +191,36 @@ constexpr int tile_lines = 64, tile_ranks = 128;
 constexpr int small_rows = 32, small_columns = 64;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 __host__ __device__ constexpr int padded(int r) { return ceil_div(r, 16) * 16; }  // R
+
+__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int most(int a, int b) { return a < b ? b : a; }
+
+// Into how many pieces a product of few output tiles is cut, so that every processor has something to read; a piece has
+// at least four steps of 128 bytes.
+constexpr int most_splits = 32;
+constexpr int splits_of(int lines, int r, int depth, int element_size, int processors) {
+  const int tiles = ceil_div(lines, tile_lines) * ceil_div(r, tile_ranks);
+  const int steps = static_cast<int>((static_cast<int64_t>(depth) * element_size + 127) / 128);
+  return most(1, least(least(most_splits, steps / 4), ceil_div(2 * processors, tiles)));
+}
+
+// The same of small_linear, as many as keep two CTAs a processor; its warps take four steps at once.
+constexpr int small_splits_of(int columns, int depth, int element_size, int processors) {
+  const int tiles = ceil_div(columns, small_columns);
+  const int steps = static_cast<int>((static_cast<int64_t>(depth) * element_size + 127) / 128);
+  return most(1, least(least(most_splits, ceil_div(steps, 4)), 2 * processors / tiles));
+}
+
+// Parts of small_shrink's sums: of 256 of the width at least, and not more numbers than every column tile of
+// small_linear may add up.
+constexpr int small_slices_of(int rows, int width, int r) {
+  return most(1, least(least(16, ceil_div(width, 256)), 16384 / most(1, rows * r)));
+}
+
+// Splits of modulate: of 64 rows at least.
+constexpr int modulate_splits_of(int rows) { return least(most_splits, ceil_div(rows, 64)); }
 
 // What the device has: processors, and bytes of shared memory that a CTA may ask for.
 struct DeviceLimits {

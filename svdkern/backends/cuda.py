@@ -1,13 +1,7 @@
 """The CUDA backend: NVIDIA GPUs of compute capability 8.0 and later, by the compiled kernels of csrc/cuda.
 
-    up to 32 rows           forward: small_shrink, small_linear (W is read once, factors as they are): 2 launches
-                            backward: small_shrink, small_linear (p, q, dx), outer (dU), outer (dV): 2 to 4
-    more                    forward: pack, then one persistent launch: tiles of h and z, and of y, whose loop has the adapter
-                            as more steps: 2
-                            forward of float32, of small layers, with no or a transposed W, of rows that are not of 16 bytes'
-                            multiples: pack, shrink (h, and z = s (h sigma | h R) g in its epilogue), linear (y): 3
-                            backward: pack, shrink (p, q), linear (dx), outer (dU), outer (dV): 3 to 5
-    backward                besides: sums over the rows of h and p by PyTorch
+A layer's forward and its backward are one operator each; which launches they are, csrc/cuda/layer.h says. Sums of p and h for
+the gradients of scale, core and gate are PyTorch's.
 
 Layer: like ``cpu``; the kernels are operators of ``torch.ops.svdkern``. It takes float32 (IEEE), bfloat16 and float16 activations,
 any r, and any strides (an x or dy whose rows are not contiguous is copied). A weight of another dtype than x's is cast at every
@@ -17,7 +11,6 @@ one call, or ``svdkern.warmup``, has loaded the kernels. A scale that is on the 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -31,18 +24,11 @@ from svdkern.backends.philox import DROPS_ALL
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)
-LINES, RANKS = 64, 128  # tiles of split sums: csrc/cuda/params.h
-FORWARD_ROWS = 128  # of a row group of the one-launch forward: csrc/cuda/params.h
-MOST_SPLITS = 32
-SPLIT_STEPS = 4  # a split has at least so many steps of 128 bytes
-SMALL_ROWS, SMALL_COLUMNS = 32, 64  # csrc/cuda/params.h
-SMALL_STEPS = 4  # of 128 bytes, that a CTA of small_linear takes at once
-SMALL_SLICES, SLICE = 16, 256  # most parts of small_shrink's sums, and least of a width
-SMALL_SUMS = (
-    16384  # numbers of those parts that every column tile of small_linear adds up, at most where one part would do
-)
 CORE_RANKS = 128
 """Above, a core is a product of its own: the epilogue of shrink needs all ranks of a row in one tile."""
+
+MOST_KEPT = 4096
+"""Sizes of workspaces that are remembered."""
 
 
 def why_missing() -> str | None:
@@ -89,8 +75,9 @@ def call(name: str, *arguments: object) -> Any:
     """``torch.ops.svdkern._cuda_{name}``, on the device of the first argument: the one place that launches."""
     first = arguments[0]
     assert isinstance(first, Tensor)
-    elsewhere = first.device.index != torch.cuda.current_device()
-    with torch.cuda.device(first.device) if elsewhere else contextlib.nullcontext():
+    if first.device.index == torch.cuda.current_device():
+        return _operator(name)(*arguments)
+    with torch.cuda.device(first.device):
         return _operator(name)(*arguments)
 
 
@@ -111,19 +98,19 @@ def on_host(scale: Tensor) -> bool:
 
 
 class CudaBackend(EagerBackend):
-    """The three primitives by our kernels, and forward and backward of them with what stands between in their epilogues."""
+    """Whole layers by one operator each way; the primitives, which few calls need by themselves, by a kernel each."""
 
     name = "cuda"
 
     def shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
         a = _unit(a)
-        work = _Work(a)
-        h = work.new(a.shape[0], factor.shape[1])
-        if not _empty(a, factor, h):
-            work.counters_of(a.shape[0], factor.shape[1], a.shape[1])
-            (columns,) = work.pack((factor, False))
-            work.shrink(a, columns, factor.shape[1], rng_state=rng_state, threshold=threshold, h=h)
-        return h if not _empty(a, factor) else h.zero_()
+        h = a.new_empty(a.shape[0], factor.shape[1], dtype=torch.float32)
+        if _empty(a, factor):
+            return h.zero_()
+        columns, none = _packed(factor, a.dtype, rows=False), (None, None, None, False, None, 1.0)
+        state = _state(rng_state, threshold)
+        call("shrink", a, columns, factor.shape[1], *none, state, threshold, h, None, None, None)
+        return h
 
     def linear(
         self,
@@ -138,26 +125,20 @@ class CudaBackend(EagerBackend):
         a = _unit(a)
         if _empty(a, factor) or (w is not None and _empty(w)):
             return super().linear(a, w, z, factor, bias, rng_state, threshold)
-        work = _Work(a)
-        if a.shape[0] <= SMALL_ROWS:
-            sums = None if z is None else cast(z, torch.float32).contiguous()[None]
-            if work.small_counters(a.shape[0], a.shape[1], factor.shape[0], w, sums is not None):
-                work.control = a.new_zeros(work.counted, dtype=torch.int32)
-            return work.small_linear(a, w, sums, factor, None, bias, rng_state, threshold)
-        rows = z16 = None
-        if z is not None:
-            (rows,) = work.pack((factor, True))
-            z16 = work.padded(z)
-        return work.linear(a, w, z16, rows, factor.shape[0], factor.shape[1], bias, rng_state, threshold)
+        w, bias = _base(a, w, bias)
+        y = a.new_empty(a.shape[0], factor.shape[0])
+        rows = None if z is None else _packed(factor, a.dtype, rows=True)
+        z16 = None if z is None else _padded_to(z, a.dtype)
+        call("linear", a, w, z16, rows, factor.shape[1], bias, _state(rng_state, threshold), threshold, y)
+        return y
 
     def outer(self, a: Tensor, q: Tensor, like: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
         a = _unit(a)
         if _empty(a, like):
             return torch.zeros_like(like)
-        work = _Work(a)
-        tiles = work.counters_of(a.shape[1], like.shape[1], a.shape[0])
-        work.control = None if tiles is None else a.new_zeros(work.counted, dtype=torch.int32)
-        return work.outer(a, work.padded(q), like, rng_state, threshold, tiles)
+        out, q = torch.empty_like(like), _padded_to(q, a.dtype)
+        call("outer", a, q, like.shape[1], _state(rng_state, threshold), threshold, out, None, None)
+        return out
 
     def forward(
         self,
@@ -177,24 +158,14 @@ class CudaBackend(EagerBackend):
         a, r = _unit(as_rows(x)), u.shape[1]
         if threshold == DROPS_ALL or _empty(a, u, v) or (core is not None and r > CORE_RANKS):
             return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
-        work, h = _Work(a), a.new_empty(a.shape[0], r, dtype=torch.float32)
-        by = (sigma, core, _dense(gate, index, a.shape[0], r), False, scale)
-        w = None if weight is None else weight.t()
-        if a.shape[0] <= SMALL_ROWS:
-            work.small_counters(a.shape[0], a.shape[1], v.shape[0], w, True)
-            sums = work.small_shrink(a, u, rng_state, threshold)
-            return as_shaped(work.small_linear(a, w, sums, v, by, bias, None, 0, h), x), h
-        w, bias = work.base(w, bias)
-        flags = None if w is None else work.more_counters(1 + -(-a.shape[0] // FORWARD_ROWS))
-        work.counters_of(a.shape[0], r, a.shape[1])
-        columns, rows = work.pack((u, False), (v, True))
-        z = work.new(a.shape[0], _padded(r), dtype=a.dtype)
-        if w is not None and flags is not None:
-            y = work.forward(a, columns, r, by, rng_state, threshold, w, rows, bias, h, z, flags)
-            if y is not None:
-                return as_shaped(y, x), h
-        work.shrink(a, columns, r, by, rng_state, threshold, h, z)
-        return as_shaped(work.linear(a, w, z, rows, v.shape[0], r, bias, None, 0), x), h
+        (rows, width), out = a.shape, v.shape[0]
+        w, bias = _base(a, None if weight is None else weight.t(), bias)
+        y, h = a.new_empty(rows, out), a.new_empty(rows, r, dtype=torch.float32)
+        call(
+            "layer_forward", a, w, u, sigma, v, bias, *_scale(scale), core, _dense(gate, index, rows, r),
+            _state(rng_state, threshold), threshold, y, h, _workspace(a, rows, width, out, r, w is not None, False, 0),
+        )  # fmt: skip
+        return as_shaped(y, x), h
 
     def backward(
         self,
@@ -221,240 +192,98 @@ class CudaBackend(EagerBackend):
         if threshold == DROPS_ALL or _empty(b, u, v) or (core is not None and r > CORE_RANKS):
             return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
         a = None if x is None else _unit(as_rows(x))
-        rows, g = b.shape[0], _dense(gate, index, b.shape[0], r)
-        dx = dweight = du = dsigma = dv = dbias = dscale = dcore = dgate = p = q = factor = None
-        sums = want.sigma or want.scale or want.core or want.gate  # of p and h over the rows
-        work = _Work(b)
-        tiles_u = work.counters_of(u.shape[0], r, rows) if want.u else None
-        tiles_v = work.counters_of(v.shape[0], r, rows) if want.v else None
-        by = (sigma, None if core is None else core.t(), g, True, scale)
-        few = want.x and rows <= SMALL_ROWS
-        if want.x or want.u or sums:
-            q = work.new(rows, _padded(r), dtype=b.dtype) if want.u or (want.x and not few) else None
-            p = work.new(rows, r) if sums else None
-        if few:
-            work.small_counters(rows, v.shape[0], u.shape[0], weight, True)
-            parts = work.small_shrink(b, v, None, 0)
-            dx = as_shaped(work.small_linear(b, weight, parts, u, by, None, rng_state, threshold, p, q), dy)
-        elif want.x or want.u or sums:
-            work.counters_of(rows, r, v.shape[0])
-            factor, columns = work.pack((u, True), (v, False))
-            work.shrink(b, columns, r, by, None, 0, p, q)
-        elif want.v:
-            work.control = b.new_zeros(work.counted, dtype=torch.int32)
-        if want.x and not few:
-            dx = as_shaped(work.linear(b, weight, q, factor, u.shape[0], r, None, rng_state, threshold), dy)
+        (rows, out), width, g = b.shape, u.shape[0], _dense(gate, index, b.shape[0], r)
+        dx = du = dsigma = dv = p = dweight = dbias = None
+        sums = want.scale or want.core or want.gate  # of p and h over the rows
+        if want.x or want.u or want.sigma or want.v or sums:
+            dx = b.new_empty(rows, width) if want.x else None
+            du = torch.empty_like(u) if want.u else None
+            dsigma = torch.empty_like(sigma) if want.sigma and sigma is not None else None
+            dv = torch.empty_like(v) if want.v else None
+            p = b.new_empty(rows, r, dtype=torch.float32) if sums else None
+            h = None if h is None else cast(h, torch.float32).contiguous()
+            w = _base(b, weight, None)[0] if want.x else None
+            mask = want.x + 2 * want.u + 4 * want.sigma + 8 * want.v + 16 * sums
+            call(
+                "layer_backward", b, a if want.u else None, w, u, sigma, v, *_scale(scale), core, g, h,
+                _state(rng_state, threshold), threshold, dx, du, dsigma, dv, p,
+                _workspace(b, rows, width, out, r, w is not None, True, mask),
+            )  # fmt: skip
         if want.weight:
             assert a is not None and weight is not None
             dweight = self.weight_gradient(b, a, weight)
-        if want.u:
-            assert a is not None and q is not None
-            du = work.outer(a, q, u, rng_state, threshold, tiles_u)
         if want.bias:
             dbias = b.sum(0, dtype=torch.float32).to(b.dtype)
-        if want.v or sums:
-            assert h is not None
-            h = cast(h, torch.float32)
-            modulated = h if sigma is None else h * cast(sigma, torch.float32)
-            modulated = modulated if core is None else torch.mm(h, cast(core, torch.float32))
-            z = modulated if g is None else modulated * g
-            s = scale.item() if on_host(scale) else cast(scale, torch.float32)
-            if want.v:
-                dv = work.outer(b, work.padded(z * s), v, None, 0, tiles_v)
-            if sums:
-                assert p is not None
-                t = p * s if g is None else p * s * g
-                if want.sigma:
-                    assert sigma is not None
-                    dsigma = cast((h * t).sum(0), sigma.dtype)
-                if want.core:
-                    assert core is not None
-                    dcore = cast(torch.mm(h.t(), t), core.dtype)
-                if want.scale:
-                    dscale = cast((p * z).sum(), scale.dtype)
-                if want.gate:
-                    assert gate is not None
-                    dgate = gate_gradient(p * s * modulated, gate, index)
-        return Gradients(dx, dweight, du, dsigma, dv, dbias, dscale, dcore, dgate)
+        rest = self._sums(p, h, sigma, scale, core, gate, index, g, want) if sums else (None, None, None)
+        return Gradients(None if dx is None else as_shaped(dx, dy), dweight, du, dsigma, dv, dbias, *rest)
+
+    @staticmethod
+    def _sums(
+        p: Tensor | None,
+        h: Tensor | None,
+        sigma: Tensor | None,
+        scale: Tensor,
+        core: Tensor | None,
+        gate: Tensor | None,
+        index: Tensor | None,
+        g: Tensor | None,
+        want: Gradients,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of scale, core and gate, which few layers have, by PyTorch."""
+        assert p is not None and h is not None
+        dscale = dcore = dgate = None
+        modulated = h if sigma is None else h * cast(sigma, torch.float32)
+        modulated = modulated if core is None else torch.mm(h, cast(core, torch.float32))
+        s = scale.item() if on_host(scale) else cast(scale, torch.float32)
+        if want.scale:
+            dscale = cast((p * (modulated if g is None else modulated * g)).sum(), scale.dtype)
+        if want.core:
+            assert core is not None
+            dcore = cast(torch.mm(h.t(), p * s if g is None else p * s * g), core.dtype)
+        if want.gate:
+            assert gate is not None
+            dgate = gate_gradient(p * s * modulated, gate, index)
+        return dscale, dcore, dgate
 
 
-By = tuple[Tensor | None, Tensor | None, Tensor | None, bool, Tensor]
-"""What shrink's epilogue is told: sigma, core, gate, whether the gate comes first, scale."""
+def _workspace(a: Tensor, *sizes: int) -> Tensor:
+    """Memory for what the launches of one call hand on (csrc/cuda/layer.h); ``sizes`` as ``_cuda_workspace`` has them."""
+    key = (a.device, a.dtype, processors(a.device), sizes)
+    size = _sizes.get(key)
+    if size is None:
+        if len(_sizes) >= MOST_KEPT:
+            _sizes.clear()
+        size = _sizes[key] = max(1, call("workspace", a, *sizes))
+    return a.new_empty(size, dtype=torch.uint8)
 
 
-class _Work:
-    """One call's launches: results, workspace, and the counters that pack zeroes for the launches behind it."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.counted = 0
-        self.control: Tensor | None = None
-        self.of_shrink: slice | None = None
-        self.of_small: tuple[int, slice | None] = (1, None)
-
-    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.like.device)
-
-    def splits(self, lines: int, r: int, depth: int) -> int:
-        """Into how many pieces a product of few output tiles is cut, so that every processor has something to read."""
-        tiles = -(-lines // LINES) * -(-r // RANKS)
-        steps = -(-depth * self.like.element_size() // 128)
-        return max(1, min(MOST_SPLITS, steps // SPLIT_STEPS, -(-2 * processors(self.like.device) // tiles)))
-
-    def counters_of(self, lines: int, r: int, depth: int) -> slice | None:
-        """Counters for a product of this output and depth, None where it is not split; the last ones asked for are shrink's."""
-        self.of_shrink = None
-        if self.splits(lines, r, depth) > 1:
-            self.of_shrink = self.more_counters(-(-lines // LINES) * -(-r // RANKS))
-        return self.of_shrink
-
-    def more_counters(self, count: int) -> slice:
-        """So many more of the counters that pack zeroes."""
-        self.counted += count
-        return slice(self.counted - count, self.counted)
-
-    def small_counters(self, rows: int, depth: int, out: int, w: Tensor | None, adapter: bool) -> bool:
-        """Splits of small_linear, as many as keep two CTAs a processor, and counters for them; whether there are any."""
-        tiles, steps = -(-out // SMALL_COLUMNS), -(-depth * self.like.element_size() // 128)
-        base = max(1, min(MOST_SPLITS, -(-steps // SMALL_STEPS), 2 * processors(self.like.device) // tiles))
-        splits = (base if w is not None else 0) + adapter
-        self.of_small = splits, self.more_counters(tiles) if splits > 1 else None
-        return splits > 1
-
-    def small_shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
-        """Parts of h (slices, M, r), which small_linear adds up; and all counters zeroed."""
-        (rows, width), r = a.shape, factor.shape[1]
-        parts = self.new(max(1, min(SMALL_SLICES, -(-width // SLICE), SMALL_SUMS // (rows * r))), rows, r)
-        if self.counted:
-            self.control = self.new(self.counted, dtype=torch.int32)
-        call("small_shrink", a, factor, _state(rng_state, threshold), threshold, parts, self.control)
-        return parts
-
-    def pack(self, *factors: tuple[Tensor, bool]) -> list[Tensor]:
-        """One or two factors packed, as rows (L, R) or as columns (R, L); and all counters zeroed."""
-        outs = []
-        for factor, rows in factors:
-            length, R = factor.shape[0], _padded(factor.shape[1])
-            outs.append(self.new(*((length, R) if rows else (R, -(-length // 8) * 8)), dtype=self.like.dtype))
-        if self.counted:
-            self.control = self.new(self.counted, dtype=torch.int32)
-        second = (factors[1][0], outs[1], factors[1][1]) if len(factors) > 1 else (None, None, False)
-        call("pack", factors[0][0], outs[0], factors[0][1], *second, self.control)
-        return outs
-
-    def padded(self, z: Tensor) -> Tensor:
-        """z (M, r) as the kernels read it: in the activations' dtype, r padded with zeros to R."""
-        return torch.nn.functional.pad(cast(z, self.like.dtype), (0, _padded(z.shape[1]) - z.shape[1])).contiguous()
-
-    def shrink(
-        self,
-        a: Tensor,
-        columns: Tensor,
-        r: int,
-        by: By | None = None,
-        rng_state: Tensor | None = None,
-        threshold: int = 0,
-        h: Tensor | None = None,
-        z: Tensor | None = None,
-    ) -> None:
-        partial, counters = self._split(a.shape[0], r, a.shape[1], self.of_shrink)
-        call("shrink", a, columns, r, *_epilogue(by), _state(rng_state, threshold), threshold, h, z, partial, counters)
-
-    def linear(
-        self,
-        a: Tensor,
-        w: Tensor | None,
-        z: Tensor | None,
-        factor: Tensor | None,
-        out: int,
-        r: int,
-        bias: Tensor | None,
-        rng_state: Tensor | None,
-        threshold: int,
-    ) -> Tensor:
-        y = self.new(a.shape[0], out, dtype=a.dtype)
-        w, bias = self.base(w, bias)
-        call("linear", a, w, z, factor, r, bias, _state(rng_state, threshold), threshold, y)
-        return y
-
-    def forward(
-        self,
-        a: Tensor,
-        columns: Tensor,
-        r: int,
-        by: By,
-        rng_state: Tensor | None,
-        threshold: int,
-        w: Tensor,
-        rows: Tensor,
-        bias: Tensor | None,
-        h: Tensor,
-        z: Tensor,
-        flags: slice,
-    ) -> Tensor | None:
-        """y, and h and z on the way, in one launch; None where shrink and linear serve (params.h: linear_tile)."""
-        sigma, core, gate, _, scale, value = _epilogue(by)
-        assert self.control is not None
-        y = self.new(a.shape[0], rows.shape[0], dtype=a.dtype)
-        done = call(
-            "forward", a, columns, r, sigma, core, gate, scale, value, _state(rng_state, threshold), threshold,
-            w, rows, bias, h, z, self.control[flags], y,
-        )  # fmt: skip
-        return y if done else None
-
-    def small_linear(
-        self,
-        a: Tensor,
-        w: Tensor | None,
-        sums: Tensor | None,
-        factor: Tensor,
-        by: By | None,
-        bias: Tensor | None,
-        rng_state: Tensor | None,
-        threshold: int,
-        h: Tensor | None = None,
-        z: Tensor | None = None,
-    ) -> Tensor:
-        y, (splits, counted) = self.new(a.shape[0], factor.shape[0], dtype=a.dtype), self.of_small
-        w, bias = self.base(w, bias)
-        partial = counters = None
-        if counted is not None:
-            assert self.control is not None
-            partial, counters = self.new(splits, *y.shape), self.control[counted]
-        call(
-            "small_linear", a, w, sums, None if sums is None else factor, *_epilogue(by), bias,
-            _state(rng_state, threshold), threshold, h, z, y, partial, counters,
-        )  # fmt: skip
-        return y
-
-    def base(self, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """w and bias as the kernels read them."""
-        if w is not None:
-            w = cast(w, self.like.dtype)
-            w = w if 1 in w.stride() else w.contiguous()
-        return w, None if bias is None else cast(bias, self.like.dtype).contiguous()
-
-    def outer(
-        self, a: Tensor, q: Tensor, like: Tensor, rng_state: Tensor | None, threshold: int, counters: slice | None
-    ) -> Tensor:
-        out = torch.empty_like(like)
-        partial, counted = self._split(a.shape[1], like.shape[1], a.shape[0], counters)
-        call("outer", a, q, like.shape[1], _state(rng_state, threshold), threshold, out, partial, counted)
-        return out
-
-    def _split(self, lines: int, r: int, depth: int, counters: slice | None) -> tuple[Tensor | None, Tensor | None]:
-        if counters is None:
-            return None, None
-        assert self.control is not None
-        return self.new(self.splits(lines, r, depth), lines, _padded(r)), self.control[counters]
+_sizes: dict[tuple[object, ...], int] = {}
 
 
-def _epilogue(by: By | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool, Tensor | None, float]:
-    """The operators' sigma, core, gate, gate_first, scale, scale_value."""
-    if by is None:
-        return None, None, None, False, None, 1.0
-    here = on_host(by[4])
-    return (*by[:4], None if here else by[4], by[4].item() if here else 1.0)
+def _packed(factor: Tensor, dtype: torch.dtype, *, rows: bool) -> Tensor:
+    """A factor (L, r) as the kernels read it: rows (L, R), or columns (R, L)."""
+    length, R = factor.shape[0], _padded(factor.shape[1])
+    out = factor.new_empty((length, R) if rows else (R, -(-length // 8) * 8), dtype=dtype)
+    call("pack", factor, out, rows, None, None, False, None)
+    return out
+
+
+def _padded_to(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """z (M, r) as the kernels read it: in the activations' dtype, r padded with zeros to R."""
+    return torch.nn.functional.pad(cast(z, dtype), (0, _padded(z.shape[1]) - z.shape[1])).contiguous()
+
+
+def _base(a: Tensor, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """w and bias as the kernels read them beside a."""
+    if w is not None:
+        w = cast(w, a.dtype)
+        w = w if 1 in w.stride() else w.contiguous()
+    return w, None if bias is None else cast(bias, a.dtype).contiguous()
+
+
+def _scale(scale: Tensor) -> tuple[Tensor | None, float]:
+    """The operators' scale and scale_value."""
+    return (None, scale.item()) if on_host(scale) else (scale, 1.0)
 
 
 def _padded(r: int) -> int:
