@@ -132,11 +132,27 @@ def run_forward(how: CudaEmulation) -> list[Tensor]:
     return outs
 
 
+def run_modulate(how: CudaEmulation) -> list[Tensor]:
+    """Three splits of 48, 48 and 34 rows, two steps of ranks, a gate; what outer makes of z."""
+    generator = torch.Generator().manual_seed(7)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    m, n, r = 130, 24, 19
+    dy, u, v, h, sigma, gate = draw(m, n).to(BF16), draw(16, r), draw(n, r), draw(m, r), draw(r), draw(m, r)
+    dv, dsigma = unset(n, r), unset(r)
+    size = how.call("workspace", dy, m, 16, n, r, False, True, 4 + 8)
+    how.call(
+        "layer_backward", dy, None, None, u, sigma, v, None, 0.5, None, gate, h, None, 0, None, None, dsigma, dv, None,
+        torch.empty(size, dtype=torch.uint8),
+    )  # fmt: skip
+    return [dv, dsigma]
+
+
 RUNS = {
     "forward.cu": ("forward_kernel", run_forward),
     "pack.cu": ("pack_kernel", run_pack),
     "shrink.cu": ("shrink_kernel", run_shrink),
     "outer.cu": ("outer_kernel", run_outer),
+    "modulate.cu": ("modulate_kernel", run_modulate),
     "linear.cu": ("linear_kernel", run_linear),
     "small_shrink.cu": ("small_shrink_kernel", run_small_shrink),
     "small_linear.cu": ("small_linear_kernel", run_small_linear),
@@ -190,6 +206,18 @@ MUTANTS = {
     "shrink: D has no factor": Mutant("shrink_tile.h", "acc, p.keep_scale)", "acc, 1.0f)", "bits"),
     "shrink: ranks past r are not zeroed in z": Mutant(
         "shrink_tile.h", "rank < p.r ? modulated", "rank < padded(p.r) ? modulated", "BadAddress bits"),
+    # modulate.cu
+    "modulate: sums of 16 ranks lie over those before": Mutant(
+        "modulate.cu", "__syncthreads();  // the sums before are read to their end", "", "Race", "race"),
+    "modulate: no barrier between the sums and who adds them up": Mutant(
+        "modulate.cu", "sums[threadIdx.x] = sum;\n  __syncthreads();", "sums[threadIdx.x] = sum;", "Race Uninitialised", "race"),
+    "modulate: the last rows of a split belong to none": Mutant("modulate.cu", "each, p.rows)", "each - 1, p.rows)", "bits"),
+    "modulate: a rank's rows are taken twice": Mutant("modulate.cu", "row += groups)", "row += groups / 2)", "bits"),
+    "modulate: dsigma without the gate": Mutant("modulate.cu", "p.by.gate ? p.p[at] * p.by.gate[at] : p.p[at]", "p.p[at]", "bits"),
+    "modulate: dsigma without s": Mutant("modulate.cu", "sum * load(p.by.scale)", "sum", "bits"),
+    "modulate: ranks past r are read for z": Mutant(
+        "modulate.cu", "rank < p.r ? modulated", "rank < padded(p.r) ? modulated", "BadAddress bits"),
+    "modulate: splits share the counters of other ranks": Mutant("modulate.cu", "rank0 / ranks, p.r,", "0, p.r,", "bits"),
     # outer.cu
     "outer: no barrier in the main loop": Mutant(
         "outer.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
