@@ -133,18 +133,20 @@ def run_forward(how: CudaEmulation) -> list[Tensor]:
 
 
 def run_modulate(how: CudaEmulation) -> list[Tensor]:
-    """Three splits of 48, 48 and 34 rows, two steps of ranks, a gate; what outer makes of z."""
-    generator = torch.Generator().manual_seed(7)
+    """Three splits of 48, 48 and 34 rows, then one; two steps of ranks, a gate; what outer makes of z."""
+    generator, outs = torch.Generator().manual_seed(7), []
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    m, n, r = 130, 24, 19
-    dy, u, v, h, sigma, gate = draw(m, n).to(BF16), draw(16, r), draw(n, r), draw(m, r), draw(r), draw(m, r)
-    dv, dsigma = unset(n, r), unset(r)
-    size = how.call("workspace", dy, m, 16, n, r, False, True, 4 + 8)
-    how.call(
-        "layer_backward", dy, None, None, u, sigma, v, None, 0.5, None, gate, h, None, 0, None, None, dsigma, dv, None,
-        torch.empty(size, dtype=torch.uint8),
-    )  # fmt: skip
-    return [dv, dsigma]
+    n, r = 24, 19
+    for m in (130, 40):
+        dy, u, v, h, sigma, gate = draw(m, n).to(BF16), draw(16, r), draw(n, r), draw(m, r), draw(r), draw(m, r)
+        dv, dsigma = unset(n, r), unset(r)
+        size = how.call("workspace", dy, m, 16, n, r, False, True, 4 + 8)
+        how.call(
+            "layer_backward", dy, None, None, u, sigma, v, None, 0.5, None, gate, h, None, 0, None, None, dsigma, dv, None,
+            torch.empty(size, dtype=torch.uint8),
+        )  # fmt: skip
+        outs += [dv, dsigma]
+    return outs
 
 
 RUNS = {

@@ -35,6 +35,8 @@ class EagerBackend(Backend):
         rng_state: Tensor | None,
         threshold: int,
     ) -> Tensor:
+        if z is not None and w is not None and bias is None and not threshold and _adds_cheaply(a, w):
+            return torch.mm(cast(z, a.dtype), cast(factor, a.dtype).t()).addmm_(a, cast(w, a.dtype))
         if w is None:
             y = a.new_zeros(a.shape[0], factor.shape[0])
             if bias is not None:
@@ -59,3 +61,9 @@ class EagerBackend(Backend):
         if a.is_cuda and a.dtype in _HALF and like.dtype == torch.float32:
             return torch.mm(q.to(a.dtype).t(), a, out_dtype=torch.float32).t()
         return cast(torch.mm(cast(q, a.dtype).t(), a).t(), like.dtype)
+
+
+def _adds_cheaply(a: Tensor, w: Tensor) -> bool:
+    """Whether cuBLAS adds ``a w`` to the branch at less cost than the branch to ``a w``: on an H100 for a row-major w, as dx has it
+    (8192 x 4096 x 4096, bf16, r = 16: 420 us against 451; the other way round for y)."""
+    return a.is_cuda and a.dtype in _HALF and w.dtype == a.dtype and w.stride(1) == 1
