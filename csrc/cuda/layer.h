@@ -1,8 +1,10 @@
 // A whole layer, forward or backward: its launches in their order, and where in one workspace lies what they hand on.
 //
+// clang-format off
 //   rows     forward                                    backward
 //   <= 32    small_shrink, small_linear                 small_shrink, small_linear (p, q, dx), modulate, outer (dU), outer (dV)
 //   more     pack, forward | pack, shrink, linear       pack, shrink (p, q), linear (dx), modulate, outer (dU), outer (dV)
+// clang-format on
 //
 // modulate: z for dV, dsigma. A launch whose results nobody wants is left out. Counters are zeroed by the first launch.
 #pragma once
@@ -48,9 +50,9 @@ struct LayerBackward {
   ShrinkParams shrink;  // p = dy v and q of it, z being where q is wanted; h where p is
   LinearParams linear;  // dx = dy w + D*(q u^T)
   Matrix u, v;
-  ModulateParams modulate;       // h, by, dsigma
-  OuterParams of_u, of_v;        // du = (D*x)^T q, dv = dy^T z
-  bool base = true;              // whether there is a w
+  ModulateParams modulate;  // h, by, dsigma
+  OuterParams of_u, of_v;   // du = (D*x)^T q, dv = dy^T z
+  bool base = true;         // whether there is a w
   bool want_x, want_u, want_sigma, want_v, want_p;
 };
 

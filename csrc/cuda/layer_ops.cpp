@@ -17,11 +17,12 @@ void set_wants(LayerBackward& l, int64_t mask) {
 }
 
 // Bytes of the workspace of a layer (rows, width) -> (rows, columns): forward, or backward (the gradients of `mask`).
-int64_t cuda_workspace(const Tensor& x, int64_t rows, int64_t width, int64_t columns, int64_t r, bool base, bool backward,
-                       int64_t mask) {
+int64_t cuda_workspace(const Tensor& x, int64_t rows, int64_t width, int64_t columns, int64_t r, bool base,
+                       bool backward, int64_t mask) {
   const DType dtype = look_anywhere(x, "x", x.dim()).dtype;
   const int processors = svdkern::cuda::device_limits().processors;
-  const int m = small(rows, "the number of rows"), k = small(width, "the width of x"), n = small(columns, "the width of y");
+  const int m = small(rows, "the number of rows"), k = small(width, "the width of x"),
+            n = small(columns, "the width of y");
   Workspace room(nullptr);
   const auto fill = [&](auto& l, int depth, int out) {
     l.shrink.rows = l.linear.rows = m, l.shrink.width = l.linear.depth = depth, l.linear.columns = out;
@@ -41,9 +42,9 @@ int64_t cuda_workspace(const Tensor& x, int64_t rows, int64_t width, int64_t col
 }
 
 Workspace workspace_of(const Device& device, const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_contiguous() && t.numel() > 0 &&
-                      t.is_cpu() == device.first.is_cpu(),
-                  "workspace must be a contiguous uint8 tensor on the device of the others");
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Byte && t.is_contiguous() && t.numel() > 0 && t.is_cpu() == device.first.is_cpu(),
+      "workspace must be a contiguous uint8 tensor on the device of the others");
   return Workspace(t.mutable_data_ptr());
 }
 
@@ -79,10 +80,10 @@ void take_result(svdkern::cuda::LinearParams& l, const Device& device, const Ten
   l.out = const_cast<void*>(v.data), l.out_stride = v.stride[0];
 }
 
-void cuda_layer_forward(const Tensor& x, const MaybeTensor& w, const Tensor& u, const MaybeTensor& sigma, const Tensor& v,
-                        const MaybeTensor& bias, const MaybeTensor& scale, double scale_value, const MaybeTensor& core,
-                        const MaybeTensor& gate, const MaybeTensor& rng_state, int64_t threshold, const Tensor& y,
-                        const Tensor& h, const Tensor& workspace) {
+void cuda_layer_forward(const Tensor& x, const MaybeTensor& w, const Tensor& u, const MaybeTensor& sigma,
+                        const Tensor& v, const MaybeTensor& bias, const MaybeTensor& scale, double scale_value,
+                        const MaybeTensor& core, const MaybeTensor& gate, const MaybeTensor& rng_state,
+                        int64_t threshold, const Tensor& y, const Tensor& h, const Tensor& workspace) {
   const Device device{x};
   LayerForward l;
   const int64_t r = u.size(1);
@@ -105,7 +106,8 @@ void cuda_layer_backward(const Tensor& dy, const MaybeTensor& x, const MaybeTens
                          const MaybeTensor& sigma, const Tensor& v, const MaybeTensor& scale, double scale_value,
                          const MaybeTensor& core, const MaybeTensor& gate, const MaybeTensor& h,
                          const MaybeTensor& rng_state, int64_t threshold, const MaybeTensor& dx, const MaybeTensor& du,
-                         const MaybeTensor& dsigma, const MaybeTensor& dv, const MaybeTensor& p, const Tensor& workspace) {
+                         const MaybeTensor& dsigma, const MaybeTensor& dv, const MaybeTensor& p,
+                         const Tensor& workspace) {
   const Device device{dy};
   LayerBackward l;
   const int64_t r = u.size(1);
@@ -127,7 +129,8 @@ void cuda_layer_backward(const Tensor& dy, const MaybeTensor& x, const MaybeTens
     if (l.base) take_weight(l.linear, device, *w);
     l.linear.keep = keep, l.linear.keep_scale = keep_scale;
   }
-  const auto outer = [&](svdkern::cuda::OuterParams& o, const Tensor& a, const Tensor& out, const char* name, int64_t width) {
+  const auto outer = [&](svdkern::cuda::OuterParams& o, const Tensor& a, const Tensor& out, const char* name,
+                         int64_t width) {
     const View from = device.look(a, "x", 2), to = device.look(out, name, 2, true);
     expect(from.size[0], rows, "the number of rows of x", "dy's");
     expect(from.size[1], width, "the width of an operand", "the rows of its factor");
@@ -154,7 +157,8 @@ void cuda_layer_backward(const Tensor& dy, const MaybeTensor& x, const MaybeTens
   if (l.want_sigma) {
     const View s = device.look(*dsigma, "dsigma", 1, true);
     expect(s.size[0], r, "the size of dsigma", "r");
-    l.modulate.dsigma = const_cast<void*>(s.data), l.modulate.dsigma_stride = s.stride[0], l.modulate.dsigma_dtype = s.dtype;
+    l.modulate.dsigma = const_cast<void*>(s.data), l.modulate.dsigma_stride = s.stride[0],
+    l.modulate.dsigma_dtype = s.dtype;
   }
   const int processors = svdkern::cuda::device_limits().processors;
   Workspace sizes(nullptr), room = workspace_of(device, workspace);

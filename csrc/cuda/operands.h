@@ -1,7 +1,7 @@
 // Tensors as the parameters of the CUDA launchers (params.h): checks, the current stream, errors of a launch.
 //
-// SVDKERN_CUDA_KEY is the dispatch key that the operators serve. The tests build them for CPU tensors, with a CUDA runtime
-// that hands every launch to the PTX emulator: what they test is this code, the launchers' and the kernels'.
+// SVDKERN_CUDA_KEY is the dispatch key that the operators serve. The tests build them for CPU tensors, with a CUDA
+// runtime that hands every launch to the PTX emulator: what they test is this code, the launchers' and the kernels'.
 #pragma once
 
 #include <dlfcn.h>

@@ -13,8 +13,9 @@ svdkern::cuda::PackedFactor packed(const Device& device, const Tensor& in, const
   expect(to.size[rows], svdkern::cuda::padded(static_cast<int>(r)), "the ranks of a packed factor", "R");
   const int64_t least = from.size[0];
   STD_TORCH_CHECK(rows ? to.size[0] == least : to.size[1] >= least, "a packed factor has the wrong length");
-  STD_TORCH_CHECK(to.stride[1] == 1 && to.stride[0] == to.size[1] && to.size[1] * svdkern::cuda::size_of(to.dtype) % 16 == 0,
-                  "a packed factor must be contiguous, with rows of whole 16 bytes");
+  STD_TORCH_CHECK(
+      to.stride[1] == 1 && to.stride[0] == to.size[1] && to.size[1] * svdkern::cuda::size_of(to.dtype) % 16 == 0,
+      "a packed factor must be contiguous, with rows of whole 16 bytes");
   svdkern::cuda::PackedFactor f;
   f.in = from.data, f.row_stride = from.stride[0], f.rank_stride = from.stride[1];
   f.length = small(least, "the length of a factor"), f.dtype = from.dtype, f.rows = rows;

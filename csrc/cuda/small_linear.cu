@@ -67,8 +67,7 @@ __device__ void copy_rows(unsigned char* tile, const Source<T>& from, int row0, 
     const T* at = from.data + (row0 + row) * from.stride + column;  // not looked at where nothing is left
     unsigned char* to = tile + chunk_offset(row, chunk);
     if (from.aligned) {
-      ptx::cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(to)), at,
-                       elements * static_cast<int>(sizeof(T)));
+      ptx::cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(to)), at, elements * static_cast<int>(sizeof(T)));
     } else {
       Chunk<T> copied;
 #pragma unroll

@@ -36,7 +36,7 @@ class EagerBackend(Backend):
         threshold: int,
     ) -> Tensor:
         if z is not None and w is not None and bias is None and not threshold and _adds_cheaply(a, w):
-            return torch.mm(cast(z, a.dtype), cast(factor, a.dtype).t()).addmm_(a, cast(w, a.dtype))
+            return torch.mm(cast(z, a.dtype), cast(factor, a.dtype).t()).addmm_(a, w)
         if w is None:
             y = a.new_zeros(a.shape[0], factor.shape[0])
             if bias is not None:
