@@ -78,7 +78,7 @@ def svd_linear(
     """
     _check(x, weight, u, sigma, v, bias, core)
     if type(scale) is float:
-        scale = torch.tensor(scale, dtype=torch.float32, device="cpu")
+        scale = _host_scale(scale)
     else:
         scale = _scale_tensor(scale, x)
     gate_values, index = (None, None) if gate is None and group is None else _gate(x, u.shape[1], gate, group)
@@ -200,11 +200,28 @@ def _check_tensor(name: str, tensor: Any, x: Any) -> None:
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
+_MOST_SCALES = 256
+_scales: dict[float, Tensor] = {}
+
+
+def _host_scale(value: float) -> Tensor:
+    """A scale that is a number, on the host: remembered, for making one costs more than the checks. Nobody writes to it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # there a tensor is not what it seems
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
+    found = _scales.get(value)
+    if found is None:
+        if len(_scales) >= _MOST_SCALES:
+            _scales.clear()
+        with torch.inference_mode(False):  # what is made in it cannot be saved for a backward
+            found = _scales[value] = torch.tensor(value, dtype=torch.float32, device="cpu")
+    return found
+
+
 def _scale_tensor(scale: Any, x: Tensor) -> Tensor:
     if not isinstance(scale, Tensor):
         if not isinstance(scale, (int, float)):
             raise TypeError(f"scale is {scale!r}, expected a float or a 0-d tensor")
-        return torch.tensor(float(scale), dtype=torch.float32, device="cpu")
+        return _host_scale(float(scale))
     if scale.dim() != 0:
         raise ValueError(f"scale is {_of(scale)}, expected a float or a 0-d tensor")
     if scale.device.type != "cpu" and scale.device != x.device:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import RNG, cast, check, fused, operands, present, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svdkern import SVDLinear, svd_linear
+from svdkern import SVDLinear, functional, svd_linear
 from svdkern.backends.cpu import SMALL_M
 from svdkern.backends.philox import keep_mask, keep_scale, philox4x32, threshold_of
 
@@ -357,3 +358,21 @@ def test_unknown_backend_lists_them() -> None:
         ValueError, match=r"backend is 'egaer', expected one of eager, cpu, triton, cuda; did you mean 'eager'\?"
     ):
         fused(o, backend="egaer")
+
+
+@pytest.mark.parametrize("first", ["inference", "fake"])
+def test_a_remembered_scale_serves_a_training_step(first: str) -> None:
+    """It must be none that inference mode made, which a backward cannot have, nor one without numbers."""
+    functional._scales.clear()
+    x, w, u, v = torch.randn(3, 4), torch.randn(5, 4), torch.randn(4, 2), torch.randn(5, 2)
+    if first == "inference":
+        with torch.inference_mode():
+            svd_linear(x, w, u, None, v, scale=0.375)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            svd_linear(x, w, u, None, v, scale=0.375)
+    u.requires_grad_()
+    y = svd_linear(x, w, u, None, v, scale=0.375)
+    y.sum().backward()
+    assert torch.allclose(y, x @ w.t() + 0.375 * (x @ u) @ v.t(), atol=1e-5) and u.grad is not None
+    assert list(functional._scales) == [0.375]
