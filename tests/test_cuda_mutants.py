@@ -90,7 +90,7 @@ def run_linear(how: CudaEmulation) -> list[Tensor]:
 
 
 def run_small_shrink(how: CudaEmulation) -> list[Tensor]:
-    """Two slices of two parts and of one, two tiles of ranks; tails of all, dropout."""
+    """Two slices of three parts each, two tiles of ranks; tails of all, dropout."""
     generator = torch.Generator().manual_seed(5)
     a, factor = torch.randn(3, 700, generator=generator).to(BF16), torch.randn(700, 19, generator=generator)
     sums, control = unset(2, 3, 19), torch.full((300,), 7, dtype=torch.int32)
@@ -99,8 +99,8 @@ def run_small_shrink(how: CudaEmulation) -> list[Tensor]:
 
 
 def run_small_linear(how: CudaEmulation) -> list[Tensor]:
-    """Both orientations of w: two tiles, three splits of K of eight, eight and one steps for four warps, the adapter's; dropout."""
-    m, k, n, r = 3, 1032, 72, 9
+    """Both orientations of w: three tiles, two splits of K of 21 and 20 steps for four warps of four stages; tails, dropout."""
+    m, k, n, r = 3, 2568, 72, 9
     generator = torch.Generator().manual_seed(6)
     a, w = torch.randn(m, k, generator=generator).to(BF16), torch.randn(n, k, generator=generator).to(BF16)
     sums, factor = torch.randn(2, m, r, generator=generator), torch.randn(n, r, generator=generator)
@@ -110,7 +110,7 @@ def run_small_linear(how: CudaEmulation) -> list[Tensor]:
         y, h, z = outs[-3:]
         how.call(
             "small_linear", a, weight, sums, factor, sigma, None, None, False, None, 0.5, bias, RNG, threshold, h, z, y,
-            unset(4, m, n), torch.zeros(2, dtype=torch.int32),
+            unset(2, m, n), torch.zeros(3, dtype=torch.int32),
         )  # fmt: skip
     return outs
 
@@ -299,7 +299,7 @@ MUTANTS = {
         "  for (int i = threadIdx.x; i < p.rows * ranks", "Race Uninitialised", "race"),
     "small_shrink: a slice reads into the next": Mutant("small_shrink.cu", "min(begin + each, p.width)", "p.width", "bits"),
     "small_shrink: the mask is that of the slice's own columns": Mutant(
-        "small_shrink.cu", "drop<T>(chunk.bits, row, k0 + k)", "drop<T>(chunk.bits, row, k)", "bits"),
+        "small_shrink.cu", "row(i), k0 + column())", "row(i), column())", "bits"),
     "small_shrink: ranks past r are read": Mutant("small_shrink.cu", " && rank0 + rank < f.cols;", ";", "BadAddress bits"),
     "small_shrink: half of a rank's threads": Mutant(
         "small_shrink.cu", "acc[row] + __shfl_xor_sync(~0u, acc[row], ranks)", "acc[row]", "bits"),
@@ -307,34 +307,43 @@ MUTANTS = {
     "small_shrink: a counter is left over": Mutant("small_shrink.cu", "i < p.counters; i", "i < p.counters - 1; i", "bits"),
     # small_linear.cu
     "small_linear: a copy is waited for one group late": Mutant(
-        "small_linear.cu", "cp_async_wait_group<stages - 1>", "cp_async_wait_group<stages>",
+        "small_linear.cu", "cp_async_wait_group<S::stages - 1>", "cp_async_wait_group<S::stages>",
         "StillInFlight Uninitialised", "late"),
     "small_linear: the stage that is read is one off": Mutant(
-        "small_linear.cu", "const unsigned char* stage = ring + step % stages",
-        "const unsigned char* stage = ring + (step + 1) % stages", "bits Uninitialised StillInFlight"),
+        "small_linear.cu", "const unsigned char* stage = ring + at;",
+        "const unsigned char* stage = ring + (at + S::stage_bytes) % S::warp_bytes;", "bits Uninitialised StillInFlight"),
     "small_linear: a warp takes its neighbour's steps": Mutant(
-        "small_linear.cu", "(first + step * warps) * depth", "(first + step) * depth", "bits"),
+        "small_linear.cu", "static_cast<int64_t>(warps) * depth", "static_cast<int64_t>(1) * depth", "bits"),
+    "small_linear: a warp's last step is its neighbour's": Mutant(
+        "small_linear.cu", "(first + copied * warps) * depth", "(first + copied) * depth", "bits"),
     "small_linear: the last steps belong to no split": Mutant(
         "small_linear.cu", "each = ceil_div(all, pieces)", "each = all / pieces", "bits"),
     "small_linear: no barrier between warps' sums and who adds them": Mutant(
-        "small_linear.cu", "warp_bytes), acc);\n  __syncthreads();", "warp_bytes), acc);", "Race Uninitialised", "race"),
+        "small_linear.cu", "(mine), acc);\n  __syncthreads();", "(mine), acc);", "Race Uninitialised", "race"),
     "small_linear: no barrier between h and z": Mutant(
-        "small_linear.cu", "    __syncthreads();\n    for (int row = warp", "    for (int row = warp",
+        "small_linear.cu", "ptx::bar_sync(barrier, group); // h is there", "// h is there",
         "Race Uninitialised", "race"),
     "small_linear: no barrier between z and its product": Mutant(
-        "small_linear.cu", "    __syncthreads();\n    const int mine", "    const int mine", "Race Uninitialised", "race"),
+        "small_linear.cu", "ptx::bar_sync(barrier, group); // z and F", "// z and F", "Race Uninitialised", "race"),
+    "small_linear: F over h before all have read it": Mutant(
+        "small_linear.cu", "ptx::bar_sync(barrier, group); // h is read", "// h is read", "Race Uninitialised", "race"),
     "small_linear: a slice of h too few": Mutant("small_linear.cu", "slice < p.slices;", "slice < p.slices - 1;", "bits"),
     "small_linear: a slice of R too few": Mutant(
         "small_linear.cu", "row_elements<T>;\n    if (mine", "row_elements<T> - 1;\n    if (mine", "bits"),
-    "small_linear: the adapter is a piece of K too": Mutant(
-        "small_linear.cu", "split - adapter, p.splits", "split, p.splits", "bits"),
+    "small_linear: the adapter is in every split": Mutant("small_linear.cu", "p.sums && split == 0", "p.sums", "bits"),
     "small_linear: the mask falls on K's sums too": Mutant(
-        "small_linear.cu", "if (split < adapter && philox.threshold)", "if (philox.threshold)", "bits"),
+        "small_linear.cu", "    float branch = 0.0f;", "    float branch = value;\n    value = 0.0f;", "bits"),
     "small_linear: the mask takes the wrong half": Mutant("small_linear.cu", "column % 2 ? word", "column % 2 == 0 ? word", "bits"),
     "small_linear: columns past the last are stored": Mutant(
-        "small_linear.cu", "if (column0 + column < p.columns) what", "what", "BadAddress bits"),
+        "small_linear.cu", "    if (lane_column < p.columns)\n", "", "BadAddress bits"),
     "small_linear: columns past the last are read": Mutant(
-        "small_linear.cu", "row0 + row < from.rows ? left", "true ? left", "BadAddress"),
+        "small_tile.h", "row0 + row < from.rows ? left", "true ? left", "BadAddress"),
+    "small_linear: columns past the last are read by whole copies": Mutant(
+        "small_tile.h", "min(row0 + row + i * apart, last)", "static_cast<int64_t>(row0 + row + i * apart)", "BadAddress"),
+    "small_linear: every other row is permuted as the one before": Mutant(
+        "small_tile.h", "to[1] = kept(place<Chunks>(row + apart, chunk) - apart * 16 * Chunks)", "to[1] = to[0]", "bits"),
+    "small_linear: a row past the last is not zeroed": Mutant(
+        "small_linear.cu", "if (row >= p.rows)", "if (row > p.rows)", "Uninitialised"),
     "small_linear: h is written by no tile": Mutant(
         "small_linear.cu", "p.h && blockIdx.x == 0", "p.h && blockIdx.x == 1000", "bits"),
     # forward.cu, flags.h: what stands between tiles

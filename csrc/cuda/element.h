@@ -52,6 +52,21 @@ __device__ inline float load(const void* data, DType dtype, int64_t at) {
   }
 }
 
+// Calls what(data as what it is): where a loop is not to ask for the dtype at every element.
+template <class What>
+__device__ inline void as_elements(const void* data, DType dtype, What what) {
+  switch (dtype) {
+    case DType::bf16:
+      return what(static_cast<const __nv_bfloat16*>(data));
+    case DType::f16:
+      return what(static_cast<const __half*>(data));
+    case DType::f64:
+      return what(static_cast<const double*>(data));
+    default:
+      return what(static_cast<const float*>(data));
+  }
+}
+
 __device__ inline float load(const Scalar& s) { return s.data ? load(s.data, s.dtype, 0) : s.value; }
 
 __device__ inline void store(void* data, DType dtype, int64_t at, float value) {

@@ -79,10 +79,9 @@ inline Splits splits_in(int lines, int r, int depth, int size, int processors, W
   return s;
 }
 
-// Of small_linear with an adapter.
 inline Splits small_splits_in(const LinearParams& l, bool base, int processors, Workspace& room, Counters& counters) {
   Splits s;
-  s.splits = 1 + (base ? small_splits_of(l.columns, l.depth, size_of(l.dtype), processors) : 0);
+  if (base) s.splits = small_splits_of(l.columns, l.depth, size_of(l.dtype), processors);
   if (s.splits == 1) return s;
   s.partial = room.take<float>(static_cast<int64_t>(s.splits) * l.rows * l.columns);
   s.counters = counters.take(ceil_div(l.columns, small_columns));

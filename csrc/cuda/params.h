@@ -146,7 +146,7 @@ struct SmallLinearParams {
   float keep_scale = 1.0f;
   void* out = nullptr;  // (rows, columns) row-major in T
   int64_t out_stride = 0;
-  Splits splits;  // of the depth, and with sums one more, the adapter's; partial: (splits, rows, columns)
+  Splits splits;  // of the depth, the adapter with the first; partial: (splits, rows, columns)
 };
 
 // z = s (h sigma | h R) g in T and dsigma = sum over rows of h s p g, each only where it is wanted.
@@ -188,7 +188,7 @@ cudaError_t forward_launch(const ForwardParams&, cudaStream_t);
 constexpr int tile_lines = 64, tile_ranks = 128;
 
 // What few rows are, and the columns of a tile of small_linear's output: one counter each where sums are split.
-constexpr int small_rows = 32, small_columns = 64;
+constexpr int small_rows = 32, small_columns = 32;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
@@ -206,17 +206,17 @@ constexpr int splits_of(int lines, int r, int depth, int element_size, int proce
   return most(1, least(least(most_splits, steps / 4), ceil_div(2 * processors, tiles)));
 }
 
-// The same of small_linear, as many as keep two CTAs a processor; its warps take four steps at once.
+// The same of small_linear, as few as give every processor a CTA; a split has eight steps at least, two for each warp.
 constexpr int small_splits_of(int columns, int depth, int element_size, int processors) {
   const int tiles = ceil_div(columns, small_columns);
   const int steps = static_cast<int>((static_cast<int64_t>(depth) * element_size + 127) / 128);
-  return most(1, least(least(most_splits, ceil_div(steps, 4)), 2 * processors / tiles));
+  return most(1, least(least(most_splits, steps / 8), processors / tiles));
 }
 
-// Parts of small_shrink's sums: of 256 of the width at least, and not more numbers than every column tile of
+// Parts of small_shrink's sums: of 128 of the width at least, and not more numbers than every column tile of
 // small_linear may add up.
 constexpr int small_slices_of(int rows, int width, int r) {
-  return most(1, least(least(16, ceil_div(width, 256)), 16384 / most(1, rows * r)));
+  return most(1, least(least(64, ceil_div(width, 128)), 16384 / most(1, rows * r)));
 }
 
 // Splits of modulate: of 64 rows at least.

@@ -3,13 +3,16 @@
 //
 //   a (M, K) row-major, T    w (N, K) row-major, or (K, N) contracted down its rows    sums (slices, M, r)    F (N, r)
 //
-//           K, in steps of 128 bytes                 CTA: 64 columns of out, all rows, one split of K; its four warps
-//         +----+----+----+----+----+----+            take steps in turn, each with two stages in shared memory of its
-//      64 | w0 | w1 | w2 | w3 | w0 | .. |            own, so that nothing in the loop waits for another warp. Split 0
-//         +----+----+----+----+----+----+  x  a      is the adapter's: 128 ranks at a time, h summed up and made z.
+//           K, in steps of 128 bytes                 CTA: 32 columns of out, all rows, one split of K; four warps take
+//         +----+----+----+----+----+----+            steps in turn, each with two to four stages in shared memory of
+//         its
+//      32 | w0 | w1 | w2 | w3 | w0 | .. |            own, so that nothing in the loop waits for another warp. Four more
+//         +----+----+----+----+----+----+  x  a      are the adapter's: 128 ranks at a time, h summed up and made z, in
+//                                                    the CTAs of the first split.
 //
-// Warps' sums meet in shared memory, splits' in splits.h, both in a fixed order. CTAs of the adapter come first in the
-// grid, and what they wait for (the sums, F) passes beside the others' reads of w.
+// Warps' sums meet in shared memory, splits' in splits.h, both in a fixed order. What the adapter waits for (the sums,
+// F) passes beside the reads of w. K is split only where there are fewer columns than processors have CTAs: splits wait
+// for each other's sums where all of w has been read.
 //
 // Why tensor cores at one row: what limits is w, 19 bytes a clock and SM of an A100 at its top clock (2.04 TB/s, 108
 // SMs, 1.0 to 1.4 GHz), 14 of an H100. 512 bytes are 16 x 16 elements of 16 bits, and 27 to 37 clocks. In them
@@ -18,218 +21,143 @@
 // so fma would do up to 4 rows and mma does all, in an eighth of the time. f32 has fma alone: a lane has two rows of w,
 // reads a's by broadcast, 2 rows + 1 clocks for every 512 bytes: up to 16 rows go by unseen, 32 are as long as w takes.
 //
-// In flight: 4 warps, 8 KB of w each, one stage of two: 32 KB a CTA and two or three CTAs an SM, where bandwidth times
-// latency (3 TB/s, 0.8 us, 132 SMs) is 18 KB. Every copy is 16 bytes, whole 128-byte lines of w, past the L1.
-// Floor: one read of w; beside it a from the L2 for every 64 columns, M / 64 of w's
-// bytes.
+// Instructions: 4 KB of w are a step of a warp, 290 clocks of an H100 where the four take turns and each has 1170 for
+// its own. Where a lane's copies come from is known once (LaneCopies); a step is 102 to 106 up to 8
+// rows of 16 bits, 125 to 131 up to 16, 179 to 191 above.
+//
+// In flight: 4 warps, 4 KB of w each and all stages while a warp waits: 64 KB a CTA up to 8 rows, 48 up to 16, 32
+// above, where bandwidth times latency (3 TB/s, 0.8 us, 132 SMs) is 18 KB. Every copy is 16 bytes, past the L1, whole
+// lines of w or, down the rows of 16 bits, halves of which the L2 fetches the other too. Floor: one read of w; beside
+// it a from the L2 for every 32 columns, M / 32 of w's bytes.
 #include "epilogue.h"
 #include "launch.h"
-#include "product.h"
+#include "ptx/barrier.h"
+#include "small_tile.h"
 #include "splits.h"
 
 namespace svdkern::cuda {
 namespace {
 
-constexpr int threads = 128, warps = threads / 32, stages = 2, columns = small_columns;
-constexpr int ranks = 128;               // of the adapter at a time
-constexpr int w_bytes = 64 * row_bytes;  // of a step: 64 rows of w, or two panels of 32 of f32 down its rows
-constexpr int rank_stride = ranks + 16;  // of h; no bank conflicts where threads go along 16 ranks or 32
-constexpr int sum_stride = columns + 4;  // no bank conflicts where warps write their sums
+using namespace few;
 
-template <class T, int Rows>
-struct Shape {
-  static constexpr int a_bytes = Rows * row_bytes, stage_bytes = w_bytes + a_bytes, warp_bytes = stages * stage_bytes;
-  static constexpr int panels = ranks / row_elements<T>, shared = warps * warp_bytes;
-  static constexpr int slices = sizeof(T) == 2 ? 4 : 8;  // of a step: 16 k of 16 bits, 4 of f32
-  static_assert(panels <= warps && panels * stage_bytes + Rows * rank_stride * sizeof(float) <= shared);
-  static_assert(Rows * sum_stride * sizeof(float) <= warp_bytes);
-};
-
-// A warp's sums of 64 columns of out and all rows. 16 bits: of 16 columns and 8 rows as mma has them; f32: a lane has
-// columns lane and lane + 32.
-template <class T, int Rows>
-struct Sums {
-  float of[4][Rows / 8][4] = {};
-};
-template <int Rows>
-struct Sums<float, Rows> {
-  float of[2][Rows] = {};
-};
-
-// Starts to copy Rows rows of 128 bytes, from row0 and column0 on, by one warp; zeros outside.
-template <int Rows, class T>
-__device__ void copy_rows(unsigned char* tile, const Source<T>& from, int row0, int column0) {
-  const int lane = threadIdx.x % 32, chunk = lane % row_chunks, column = column0 + chunk * per_chunk<T>;
-  const int left = max(min(from.columns - column, per_chunk<T>), 0);
-#pragma unroll
-  for (int i = 0; i < Rows; i += 4) {
-    const int row = i + lane / row_chunks, elements = row0 + row < from.rows ? left : 0;
-    const T* at = from.data + (row0 + row) * from.stride + column;  // not looked at where nothing is left
-    unsigned char* to = tile + chunk_offset(row, chunk);
-    if (from.aligned) {
-      ptx::cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(to)), at, elements * static_cast<int>(sizeof(T)));
-    } else {
-      Chunk<T> copied;
-#pragma unroll
-      for (int e = 0; e < per_chunk<T>; ++e)
-        if (e < elements) copied.element[e] = at[e];
-      *reinterpret_cast<uint4*>(to) = copied.bits;
-    }
-  }
-}
-
-// a's rows as b: one fragment for 16 of them, half of one for 8.
-template <int Rows>
-__device__ void load_rows(Fragment (&d)[ceil_div(Rows, 16)], const unsigned char* a, int chunk) {
-  if constexpr (Rows == 8) {
-    const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x2(d[0][0], d[0][1], shared_address(a, lane % 8, chunk + lane / 8 % 2));
-  } else {
-#pragma unroll
-    for (int j = 0; j < Rows / 16; ++j) load_b(d[j], a, 16 * j, chunk);
-  }
-}
-
-// acc += w a^T at the first `slices` of a step: w's rows are columns of out, with Trans w's columns are.
+// This CTA's piece of a w, `piece` of `pieces` along K, by its first warps.
 template <class T, int Rows, bool Trans>
-__device__ void multiply(Sums<T, Rows>& acc, const unsigned char* w, const unsigned char* a, int slices) {
-  if constexpr (sizeof(T) == 2) {
-#pragma unroll
-    for (int k = 0; k < Shape<T, Rows>::slices; ++k) {
-      if (k >= slices) break;
-      Fragment left, right[ceil_div(Rows, 16)];
-      load_rows<Rows>(right, a, 2 * k);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (Trans)
-          load_a_trans(left, w, 16 * k, 2 * i);
-        else
-          load_a(left, w, 16 * i, 2 * k);
-#pragma unroll
-        for (int j = 0; j < Rows / 8; ++j)
-          ptx::mma_m16n8k16(acc.of[i][j], left, right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1], T());
-      }
-    }
-  } else {
-    const int lane = threadIdx.x % 32;
-#pragma unroll 2
-    for (int k = 0; k < slices; ++k) {
-      float4 left[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (Trans) {
-          const unsigned char* panel = w + i * w_bytes / 2;
-          left[i] = make_float4(element(panel, 4 * k, lane), element(panel, 4 * k + 1, lane),
-                                element(panel, 4 * k + 2, lane), element(panel, 4 * k + 3, lane));
-        } else {
-          left[i] = four(w, 32 * i + lane, k);
-        }
-      }
-#pragma unroll
-      for (int row = 0; row < Rows; ++row) {
-        const float4 x = four(a, row, k);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& sum = acc.of[i][row];
-          sum = fmaf(left[i].w, x.w, fmaf(left[i].z, x.z, fmaf(left[i].y, x.y, fmaf(left[i].x, x.x, sum))));
-        }
-      }
-    }
-  }
-}
-
-// This CTA's piece of a w: `piece` of `pieces` along K.
-template <class T, int Rows, bool Trans>
-__device__ void add_base(Sums<T, Rows>& acc, const SmallLinearParams& p, int column0, int piece, int pieces,
-                         unsigned char* shared) {
+__device__ __forceinline__ void add_base(Sums<T, Rows>& acc, const SmallLinearParams& p, int column0, int piece,
+                                         int pieces, unsigned char* ring) {
   using S = Shape<T, Rows>;
-  constexpr int depth = row_elements<T>, panels = Trans && sizeof(T) == 4 ? 2 : 1;
+  constexpr int depth = row_elements<T>, chunks = Trans ? columns / per_chunk<T> : row_chunks;
+  constexpr int w_rows = Trans ? depth : columns;
   const Source<T> a(p.a, p.a_stride, p.rows, p.depth);
   const Source<T> w(p.w, p.w_stride, Trans ? p.depth : p.columns, Trans ? p.columns : p.depth);
   const int warp = threadIdx.x / 32, all = ceil_div(p.depth, depth), each = ceil_div(all, pieces);
   const int first = piece * each + warp, steps = ceil_div(min(each, all - piece * each) - warp, warps);
-  unsigned char* ring = shared + warp * S::warp_bytes;
-  const auto copy = [&](int step) {
-    if (step < steps) {
-      unsigned char* stage = ring + step % stages * S::stage_bytes;
-      const int k = (first + step * warps) * depth;
-      if constexpr (Trans) {
-#pragma unroll
-        for (int i = 0; i < panels; ++i)
-          copy_rows<64 / panels>(stage + i * w_bytes / 2, w, k, column0 + i * columns / 2);
-      } else {
-        copy_rows<64>(stage, w, column0, k);
-      }
-      copy_rows<Rows>(stage + w_bytes, a, 0, k);
+  const bool whole_chunks = a.aligned && w.aligned && (!Trans || p.columns % per_chunk<T> == 0);
+  // Steps of which all copies are whole.
+  const int whole = whole_chunks ? ceil_div(p.depth / depth - first, warps) : 0;
+  const int64_t apart = static_cast<int64_t>(warps) * depth;  // of a warp's steps, along K
+
+  const int k0 = first * depth;
+  LaneCopies<T, Rows, row_chunks> of_a(a, 0, p.rows - 1, k0, p.depth);
+  LaneCopies<T, w_rows, chunks> of_w(w, Trans ? k0 : column0, Trans ? p.depth : p.columns - 1, Trans ? column0 : k0,
+                                     Trans ? p.columns - per_chunk<T> : p.depth);
+  const int64_t w_apart = Trans ? apart * p.w_stride : apart;
+  int copied = 0, to = 0;  // steps, and the stage of the next
+  const uint32_t ring_at = kept(as_shared(ring));
+  const auto copy = [&] {
+    if (copied < whole) {
+      of_w.copy(ring_at + to);
+      of_a.copy(ring_at + to + w_bytes, p.rows);
+      of_w.go_on(w_apart), of_a.go_on(apart);
+    } else if (copied < steps) {
+      const int k = (first + copied * warps) * depth;
+      copy_rows<w_rows, chunks>(ring + to, w, Trans ? k : column0, Trans ? column0 : k);
+      copy_rows<Rows, row_chunks>(ring + to + w_bytes, a, 0, k);
     }
     ptx::cp_async_commit_group();  // an empty one counts too
+    ++copied;
+    to = to + S::stage_bytes == S::warp_bytes ? 0 : to + S::stage_bytes;
   };
-#pragma unroll
-  for (int step = 0; step < stages - 1; ++step) copy(step);
-  for (int step = 0; step < steps; ++step) {
+  // Rows past the last of a stay zeros.
+  for (int stage = 0; stage < S::stages; ++stage)
+    for (int row = threadIdx.x % 32 / row_chunks; row < Rows; row += 32 / row_chunks)
+      if (row >= p.rows)
+        *reinterpret_cast<uint4*>(ring + stage * S::stage_bytes + w_bytes +
+                                  chunk_offset(row, threadIdx.x % row_chunks)) = make_uint4(0, 0, 0, 0);
+  const Lanes<Rows, Trans> lanes;
+  int at = 0;
+#pragma unroll 1
+  for (int step = 1 - S::stages; step < steps; ++step) {
     __syncwarp();  // the last step is read to its end by all lanes
-    copy(step + stages - 1);
-    ptx::cp_async_wait_group<stages - 1>();
+    copy();
+    if (step < 0) continue;  // the pipeline fills
+    ptx::cp_async_wait_group<S::stages - 1>();
     __syncwarp();  // this step has come for all lanes
-    const unsigned char* stage = ring + step % stages * S::stage_bytes;
-    multiply<T, Rows, Trans>(acc, stage, stage + w_bytes, S::slices);
+    const unsigned char* stage = ring + at;
+    multiply<T, Rows, Trans>(acc, lanes, stage, stage + w_bytes, S::slices);
+    at = at + S::stage_bytes == S::warp_bytes ? 0 : at + S::stage_bytes;
   }
 }
 
-// `count` ranks of 64 rows of F from rank0 on, in T, as panels of 128-byte rows; count is a multiple of 16.
+// `count` ranks of 32 rows of F from rank0 on, in T, as panels of 128-byte rows; count is a multiple of 16.
 template <class T>
-__device__ void load_factor(unsigned char* tile, const Matrix& f, int row0, int rank0, int count) {
-  const auto value = [&](int row, int rank) {
-    const bool there = row0 + row < f.rows && rank0 + rank < f.cols;
-    return there ? load(f.data, f.dtype, (row0 + row) * f.row_stride + (rank0 + rank) * f.col_stride) : 0.0f;
-  };
+__device__ void load_factor(unsigned char* tile, const Matrix& f, int row0, int rank0, int count, int thread) {
   const auto place = [&](int row, int rank) {
     return tile + rank / row_elements<T> * w_bytes + chunk_offset(row, rank % row_elements<T> / per_chunk<T>) +
            rank % per_chunk<T> * sizeof(T);
   };
-  if (f.row_stride == 1) {
-    for (int i = threadIdx.x; i < columns * count / per_chunk<T>; i += threads) {
-      const int row = i % columns, rank = i / columns * per_chunk<T>;
-      Chunk<T> chunk;
+  as_elements(f.data, f.dtype, [&](const auto* data) {
+    const auto* first = data + row0 * f.row_stride + rank0 * f.col_stride;
+    const auto value = [&](int row, int rank) {
+      const bool there = row0 + row < f.rows && rank0 + rank < f.cols;
+      return there ? static_cast<float>(first[row * f.row_stride + rank * f.col_stride]) : 0.0f;
+    };
+    if (f.row_stride == 1) {
+      for (int i = thread; i < columns * count / per_chunk<T>; i += warps * 32) {
+        const int row = i % columns, rank = i / columns * per_chunk<T>;
+        Chunk<T> chunk;
 #pragma unroll
-      for (int e = 0; e < per_chunk<T>; ++e) chunk.element[e] = rounded<T>(value(row, rank + e));
-      *reinterpret_cast<uint4*>(place(row, rank)) = chunk.bits;
+        for (int e = 0; e < per_chunk<T>; ++e) chunk.element[e] = rounded<T>(value(row, rank + e));
+        *reinterpret_cast<uint4*>(place(row, rank)) = chunk.bits;
+      }
+    } else {
+      for (int rank = thread % 32; rank < count; rank += 32)
+#pragma unroll
+        for (int row = thread / 32; row < columns; row += warps)
+          *reinterpret_cast<T*>(place(row, rank)) = rounded<T>(value(row, rank));
     }
-    return;
-  }
-  for (int rank = threadIdx.x % 32; rank < count; rank += 32)
-#pragma unroll 8
-    for (int row = threadIdx.x / 32; row < columns; row += warps)
-      *reinterpret_cast<T*>(place(row, rank)) = rounded<T>(value(row, rank));
+  });
 }
 
-// z F^T, a warp for each panel of ranks; h and z go out once.
+// z F^T by the CTA's other warps, a warp for each panel of ranks; h and z go out once.
 template <class T, int Rows>
-__device__ void add_adapter(Sums<T, Rows>& acc, const SmallLinearParams& p, int column0, unsigned char* shared) {
+__device__ __forceinline__ void add_adapter(Sums<T, Rows>& acc, const SmallLinearParams& p, int column0,
+                                            unsigned char* shared) {
   using S = Shape<T, Rows>;
-  unsigned char *factor = shared, *z = shared + S::panels * w_bytes;
-  float* h = reinterpret_cast<float*>(z + S::panels * S::a_bytes);
-  const int warp = threadIdx.x / 32, R = padded(p.r);
+  constexpr int barrier = 1, group = warps * 32;
+  unsigned char *factor = shared, *z = shared + S::factor_bytes;
+  float* h = reinterpret_cast<float*>(shared);
+  const int thread = threadIdx.x - group, warp = thread / 32, R = padded(p.r);
   const int64_t apart = static_cast<int64_t>(p.rows) * p.r;
   const float scale = load(p.by.scale);
+  const Lanes<Rows, false> lanes;
+#pragma unroll 1
   for (int rank0 = 0; rank0 < R; rank0 += ranks) {
     const int count = min(ranks, R - rank0);
-    __syncthreads();  // the tiles of the ranks before are read to their end
-    load_factor<T>(factor, p.factor, column0, rank0, count);
-    for (int i = threadIdx.x; i < p.rows * count; i += threads) {
+    ptx::bar_sync(barrier, group);  // the tiles of the ranks before are read to their end
+    for (int i = thread; i < p.rows * count; i += group) {
       const int row = i / count, rank = rank0 + i % count;
       const float* at = p.sums + row * static_cast<int64_t>(p.r) + rank;
       float sum = 0.0f;
       if (rank < p.r) {
-#pragma unroll 8
+#pragma unroll 16
         for (int slice = 0; slice < p.slices; ++slice) sum += at[slice * apart];
         if (p.h && blockIdx.x == 0) p.h[row * static_cast<int64_t>(p.r) + rank] = sum;
       }
       h[row * rank_stride + rank - rank0] = sum;
     }
-    __syncthreads();
+    ptx::bar_sync(barrier, group);  // h is there
     for (int row = warp; row < Rows; row += warps)
-      for (int i = threadIdx.x % 32; i < count; i += 32) {
+      for (int i = thread % 32; i < count; i += 32) {
         const int rank = rank0 + i;
         const bool there = row < p.rows && rank < p.r;
         const T value =
@@ -239,9 +167,12 @@ __device__ void add_adapter(Sums<T, Rows>& acc, const SmallLinearParams& p, int 
             value;
         if (p.z && blockIdx.x == 0 && row < p.rows) static_cast<T*>(p.z)[row * static_cast<int64_t>(R) + rank] = value;
       }
-    __syncthreads();
+    ptx::bar_sync(barrier, group);  // h is read to its end, where F comes to
+    load_factor<T>(factor, p.factor, column0, rank0, count, thread);
+    ptx::bar_sync(barrier, group);  // z and F are there
     const int mine = (count - warp * row_elements<T>)*S::slices / row_elements<T>;
-    if (mine > 0) multiply<T, Rows, false>(acc, factor + warp * w_bytes, z + warp * S::a_bytes, min(mine, S::slices));
+    if (mine > 0)
+      multiply<T, Rows, false>(acc, lanes, factor + warp * w_bytes, z + warp * S::a_bytes, min(mine, S::slices));
   }
 }
 
@@ -251,7 +182,7 @@ __device__ void store_rows(float* sums, const Sums<T, Rows>& acc) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int j = 0; j < Rows / 8; ++j)
 #pragma unroll
@@ -259,9 +190,11 @@ __device__ void store_rows(float* sums, const Sums<T, Rows>& acc) {
           sums[(8 * j + 2 * t + e % 2) * sum_stride + 16 * i + g + e / 2 * 8] = acc.of[i][j][e];
   } else {
 #pragma unroll
-    for (int row = 0; row < Rows; ++row)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) sums[row * sum_stride + 32 * i + lane] = acc.of[i][row];
+    for (int row = 0; row < Rows; ++row) {  // a lane's other column is added up by the lane that has the other k
+      const bool second = lane >= 16;
+      const float mine = second ? acc.of[1][row] : acc.of[0][row], other = second ? acc.of[0][row] : acc.of[1][row];
+      sums[row * sum_stride + lane] = mine + __shfl_xor_sync(~0u, other, 16);
+    }
   }
 }
 
@@ -269,42 +202,51 @@ template <class T, int Rows, bool Trans>
 __global__ void __launch_bounds__(threads, 1) small_linear_kernel(const SmallLinearParams p) {
   using S = Shape<T, Rows>;
   extern __shared__ __align__(128) unsigned char shared[];
-  const int column0 = blockIdx.x * columns, adapter = p.sums != nullptr, split = blockIdx.y;
+  const int column0 = blockIdx.x * columns, split = blockIdx.y, warp = threadIdx.x / 32;
+  const bool adapter = p.sums && split == 0;
+  const int lane_column = column0 + threadIdx.x % columns;  // of all elements of out that this thread stores
+  const T* bias = static_cast<const T*>(p.bias);
+  const float b = bias && lane_column < p.columns ? static_cast<float>(bias[lane_column]) : 0.0f;
+  unsigned char* of_adapter = shared + warps * S::warp_bytes;
   Sums<T, Rows> acc;
-  if (split < adapter)
-    add_adapter<T, Rows>(acc, p, column0, shared);
-  else if (p.w)
-    add_base<T, Rows, Trans>(acc, p, column0, split - adapter, p.splits.splits - adapter, shared);
+  if (warp >= warps) {
+    if (adapter) add_adapter<T, Rows>(acc, p, column0, of_adapter);
+  } else if (p.w) {
+    add_base<T, Rows, Trans>(acc, p, column0, split, p.splits.splits, shared + warp * S::warp_bytes);
+  }
   ptx::cp_async_wait_group<0>();
   __syncthreads();  // the stages are free
-  store_rows<T, Rows>(reinterpret_cast<float*>(shared + threadIdx.x / 32 * S::warp_bytes), acc);
+  unsigned char* mine = warp < warps ? shared + warp * S::warp_bytes : of_adapter + (warp - warps) * S::sum_bytes;
+  store_rows<T, Rows>(reinterpret_cast<float*>(mine), acc);
   __syncthreads();
 
   float* sums = reinterpret_cast<float*>(shared);
   const auto each = [&](auto what) {
-    for (int i = threadIdx.x; i < p.rows * columns; i += threads) {
-      const int row = i / columns, column = i % columns;
-      if (column0 + column < p.columns) what(row, column0 + column, sums[row * sum_stride + column]);
-    }
+    if (lane_column < p.columns)
+      for (int row = threadIdx.x / columns; row < p.rows; row += threads / columns)
+        what(row, lane_column, sums[row * sum_stride + threadIdx.x % columns]);
   };
   const Philox philox(p.keep);
   each([&](int row, int column, float& value) {
     const float* of_warp = &value;
 #pragma unroll
-    for (int warp = 1; warp < warps; ++warp) value += of_warp[warp * S::warp_bytes / sizeof(float)];
-    if (split < adapter && philox.threshold) {
-      const uint4 b = philox.bits(row, column / 8);
-      const uint32_t words[4] = {b.x, b.y, b.z, b.w}, word = Philox::pick(words, column % 8 / 2);
-      value = (column % 2 ? word >> 16 : word & 0xffffu) >= philox.threshold ? value * p.keep_scale : 0.0f;
+    for (int i = 1; i < warps; ++i) value += of_warp[i * S::warp_bytes / sizeof(float)];
+    if (!adapter) return;
+    float branch = 0.0f;
+#pragma unroll
+    for (int i = 0; i < S::panels; ++i) branch += of_warp[(warps * S::warp_bytes + i * S::sum_bytes) / sizeof(float)];
+    if (philox.threshold) {
+      const uint4 bits = philox.bits(row, column / 8);
+      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w}, word = Philox::pick(words, column % 8 / 2);
+      branch = (column % 2 ? word >> 16 : word & 0xffffu) >= philox.threshold ? branch * p.keep_scale : 0.0f;
     }
+    value += branch;
   });
-  const bool mine = add_splits(p.splits, split, blockIdx.x, static_cast<int64_t>(p.rows) * p.columns, [&](auto what) {
+  const bool last = add_splits(p.splits, split, blockIdx.x, static_cast<int64_t>(p.rows) * p.columns, [&](auto what) {
     each([&](int64_t row, int column, float& value) { what(row * p.columns + column, value); });
   });
-  if (!mine) return;
-  const T* bias = static_cast<const T*>(p.bias);
+  if (!last) return;
   each([&](int64_t row, int column, float value) {
-    const float b = bias ? static_cast<float>(bias[column]) : 0.0f;
     static_cast<T*>(p.out)[row * p.out_stride + column] = rounded<T>(value + b);
   });
 }

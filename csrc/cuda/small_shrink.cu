@@ -2,23 +2,24 @@
 //
 //   a (M, K) row-major, T        F (K, r), any strides and dtype        sums (slices, M, r) float
 //
-//   CTA: one slice of K, 256 at a time, and 16 ranks, all rows. A thread has one rank and 4 k in 64, F's in one read of
+//   CTA: one slice of K, 128 at a time, and 16 ranks, all rows. A thread has one rank and 4 k in 64, F's in one read of
 //
-//              256 k                       shared memory, a's for every row in another. Threads of a rank then add
+//              128 k                       shared memory, a's for every row in another. Threads of a rank then add
 //        +--------------+                  theirs up, lanes by shuffles and warps in their order.
 //      M |      a       |  x  F^T, 16 ranks
 //        +--------------+
 //
 // F is neither packed nor rounded: a packing would be a launch that takes as long as this one. CTA 0 zeroes the
 // counters of the launches that follow. Floor: one read of a and F, K (M + r) numbers; latency, not bandwidth, is what
-// it takes, so a slice's reads are all under way before the first is used.
+// it takes: reads of a and F are all under way before the first is used, and slices are so many that most of them are
+// one tile; more would be more for small_linear to add up.
 #include "launch.h"
 #include "philox.h"
 
 namespace svdkern::cuda {
 namespace {
 
-constexpr int threads = 256, warps = threads / 32, depth = 256, ranks = 16;
+constexpr int threads = 256, warps = threads / 32, depth = 128, ranks = 16;
 constexpr int factor_stride = depth + 4;  // floats; no bank conflicts along ranks
 
 template <class T, int Rows>
@@ -34,47 +35,65 @@ struct alignas(4 * sizeof(T)) Four {
   T element[4];
 };
 
-// 256 k of the factor's ranks, from k0 and rank0 on, as (ranks, depth): zeros outside.
+// 128 k of the factor's ranks, from k0 and rank0 on, as (ranks, depth): zeros outside.
 __device__ void load_factor(float* tile, const Matrix& f, int k0, int rank0, int end) {
-  const auto value = [&](int k, int rank) {
-    const bool there = k0 + k < end && rank0 + rank < f.cols;
-    return there ? load(f.data, f.dtype, (k0 + k) * f.row_stride + (rank0 + rank) * f.col_stride) : 0.0f;
-  };
-  if (f.row_stride == 1) {
+  as_elements(f.data, f.dtype, [&](const auto* data) {
+    const auto* first = data + k0 * f.row_stride + rank0 * f.col_stride;
+    const auto value = [&](int k, int rank) {
+      const bool there = k0 + k < end && rank0 + rank < f.cols;
+      return there ? static_cast<float>(first[k * f.row_stride + rank * f.col_stride]) : 0.0f;
+    };
+    if (f.row_stride == 1) {
+      const int k = threadIdx.x % depth;
 #pragma unroll
-    for (int rank = 0; rank < ranks; ++rank) tile[rank * factor_stride + threadIdx.x] = value(threadIdx.x, rank);
-    return;
-  }
-  const int rank = threadIdx.x % ranks, group = threadIdx.x / ranks;
+      for (int rank = threadIdx.x / depth; rank < ranks; rank += threads / depth)
+        tile[rank * factor_stride + k] = value(k, rank);
+    } else {
+      const int rank = threadIdx.x % ranks, group = threadIdx.x / ranks;
 #pragma unroll
-  for (int k = 4 * group; k < depth; k += 4 * threads / ranks)
-    *reinterpret_cast<float4*>(tile + rank * factor_stride + k) =
-        make_float4(value(k, rank), value(k + 1, rank), value(k + 2, rank), value(k + 3, rank));
+      for (int k = 4 * group; k < depth; k += 4 * threads / ranks)
+        *reinterpret_cast<float4*>(tile + rank * factor_stride + k) =
+            make_float4(value(k, rank), value(k + 1, rank), value(k + 2, rank), value(k + 3, rank));
+    }
+  });
 }
 
-// 256 columns of a, masked.
+// This thread's chunks of 128 columns of a: read before the factor is, which is waited for.
 template <class T, int Rows>
-__device__ void load_rows(T* tile, const SmallShrinkParams& p, const Philox& philox, int k0, int end) {
-  using S = Shape<T, Rows>;
-  const T* a = static_cast<const T*>(p.a);
-  const bool aligned = (reinterpret_cast<uint64_t>(a) | (p.a_stride * sizeof(T))) % 16 == 0;
+struct Held {
+  static constexpr int chunks = Shape<T, Rows>::chunks, count = ceil_div(Rows * chunks, threads);
+  Chunk<T> chunk[count];
+
+  __device__ static int row(int i) { return (i * threads + threadIdx.x) / chunks; }
+  __device__ static int column() { return threadIdx.x % chunks * per_chunk<T>; }
+
+  __device__ Held(const SmallShrinkParams& p, int k0, int end) {
+    const T* a = static_cast<const T*>(p.a) + k0 + column();
+    const bool aligned = (reinterpret_cast<uint64_t>(p.a) | (p.a_stride * sizeof(T))) % 16 == 0;
+    const int left = end - k0 - column();
 #pragma unroll
-  for (int i = threadIdx.x; i < Rows * S::chunks; i += threads) {
-    const int row = i / S::chunks, k = i % S::chunks * per_chunk<T>;
-    const int left = row < p.rows ? max(min(end - k0 - k, per_chunk<T>), 0) : 0;
-    const T* at = a + row * p.a_stride + k0 + k;
-    Chunk<T> chunk;
-    if (aligned && left == per_chunk<T>) {
-      chunk.bits = *reinterpret_cast<const uint4*>(at);
-    } else {
+    for (int i = 0; i < count; ++i) {
+      const T* at = a + row(i) * p.a_stride;
+      if (row(i) >= p.rows) continue;
+      if (aligned && left >= per_chunk<T>) {
+        chunk[i].bits = *reinterpret_cast<const uint4*>(at);
+      } else {
 #pragma unroll
-      for (int e = 0; e < per_chunk<T>; ++e)
-        if (e < left) chunk.element[e] = at[e];
+        for (int e = 0; e < per_chunk<T>; ++e)
+          if (e < left) chunk[i].element[e] = at[e];
+      }
     }
-    if (philox.threshold && left) philox.drop<T>(chunk.bits, row, k0 + k);
-    *reinterpret_cast<uint4*>(tile + row * S::a_stride + k) = chunk.bits;
   }
-}
+
+  __device__ void store(T* tile, const Philox& philox, int k0) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      if (row(i) >= Rows) continue;
+      if (philox.threshold) philox.drop<T>(chunk[i].bits, row(i), k0 + column());
+      *reinterpret_cast<uint4*>(tile + row(i) * Shape<T, Rows>::a_stride + column()) = chunk[i].bits;
+    }
+  }
+};
 
 template <class T, int Rows>
 __global__ void __launch_bounds__(threads, 1) small_shrink_kernel(const SmallShrinkParams p) {
@@ -90,8 +109,9 @@ __global__ void __launch_bounds__(threads, 1) small_shrink_kernel(const SmallShr
   const int end = min(begin + each, p.width);
   float acc[Rows] = {};
   for (int k0 = begin; k0 < end; k0 += depth) {
+    Held<T, Rows> held(p, k0, end);
     load_factor(factor, p.factor, k0, rank0, end);
-    load_rows<T, Rows>(a, p, philox, k0, end);
+    held.store(a, philox, k0);
     __syncthreads();
 #pragma unroll
     for (int k = 4 * group; k < depth; k += 4 * threads / ranks) {
@@ -136,6 +156,7 @@ cudaError_t small_shrink_launch(const SmallShrinkParams& p, cudaStream_t stream)
   return by_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
     if (p.rows <= 8) return launch_as<T, 8>(p, stream);
+    if (p.rows <= 16) return launch_as<T, 16>(p, stream);
     return launch_as<T, small_rows>(p, stream);
   });
 }

@@ -12,6 +12,12 @@ __device__ inline void cp_async_16(uint32_t shared, const void* global, int byte
                : "memory");
 }
 
+// All 16 bytes; what the L2 lacks, it fetches as 128 of a line, for neighbours that ask for the rest.
+__device__ inline void cp_async_16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+
 __device__ inline void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int N>
