@@ -409,7 +409,7 @@ def mutated(mutant: Mutant, main: str) -> str:
     fewer = (
         r"if \((?:p\.linear\.)?r <= (?:32|64)\) return .*;|return what\(\S+ tile_ranks>\(\)\);|"
         r"return launch_\w+<T, .*\b(?:128, 256|128, 128|256|tile_ranks)>.*;|"
-        r"if \(p\.rows <= 16\) .*;|return launch_as<T, small_rows>.*;"
+        r"if \(p\.rows <= 16\) .*;|(?:if \(large\) )?return launch_as<T, small_rows.*;"
     )
     for name in (main, "launch.h"):
         (folder / name).write_text(re.sub(fewer, "", (folder / name).read_text()))

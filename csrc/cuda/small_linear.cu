@@ -21,14 +21,14 @@
 // so fma would do up to 4 rows and mma does all, in an eighth of the time. f32 has fma alone: a lane has two rows of w,
 // reads a's by broadcast, 2 rows + 1 clocks for every 512 bytes: up to 16 rows go by unseen, 32 are as long as w takes.
 //
-// Instructions: 4 KB of w are a step of a warp, 290 clocks of an H100 where the four take turns and each has 1170 for
-// its own. Where a lane's copies come from is known once (LaneCopies); a step is 102 to 106 up to 8
-// rows of 16 bits, 125 to 131 up to 16, 179 to 191 above.
+// Instructions: 4 KB of w are a step of a warp; an H100 brings them in 290 clocks, so each of four warps has 1170 for a
+// step. Of 16 bits it is 95 to 102 instructions up to 8 rows, 125 to 131 up to 16, 179 to 195 above: where a lane's
+// copies come from is known before the loop (LaneCopies).
 //
 // In flight: 4 warps, 4 KB of w each and all stages while a warp waits: 64 KB a CTA up to 8 rows, 48 up to 16, 32
-// above, where bandwidth times latency (3 TB/s, 0.8 us, 132 SMs) is 18 KB. Every copy is 16 bytes, past the L1, whole
-// lines of w or, down the rows of 16 bits, halves of which the L2 fetches the other too. Floor: one read of w; beside
-// it a from the L2 for every 32 columns, M / 32 of w's bytes.
+// above, or 64 where a CTA has a processor's memory for itself; where bandwidth times latency (3 TB/s, 0.8 us, 132 SMs)
+// is 18 KB. Every copy is 16 bytes, past the L1, whole lines of w or, down the rows of 16 bits, halves of which the L2
+// fetches the other too. Floor: one read of w; beside it a from the L2 for every 32 columns, M / 32 of w's bytes.
 #include "epilogue.h"
 #include "launch.h"
 #include "ptx/barrier.h"
@@ -41,10 +41,9 @@ namespace {
 using namespace few;
 
 // This CTA's piece of a w, `piece` of `pieces` along K, by its first warps.
-template <class T, int Rows, bool Trans>
+template <class T, int Rows, bool Trans, class S>
 __device__ __forceinline__ void add_base(Sums<T, Rows>& acc, const SmallLinearParams& p, int column0, int piece,
                                          int pieces, unsigned char* ring) {
-  using S = Shape<T, Rows>;
   constexpr int depth = row_elements<T>, chunks = Trans ? columns / per_chunk<T> : row_chunks;
   constexpr int w_rows = Trans ? depth : columns;
   const Source<T> a(p.a, p.a_stride, p.rows, p.depth);
@@ -53,7 +52,7 @@ __device__ __forceinline__ void add_base(Sums<T, Rows>& acc, const SmallLinearPa
   const int first = piece * each + warp, steps = ceil_div(min(each, all - piece * each) - warp, warps);
   const bool whole_chunks = a.aligned && w.aligned && (!Trans || p.columns % per_chunk<T> == 0);
   // Steps of which all copies are whole.
-  const int whole = whole_chunks ? ceil_div(p.depth / depth - first, warps) : 0;
+  const int whole = whole_chunks ? min(steps, ceil_div(p.depth / depth - first, warps)) : 0;
   const int64_t apart = static_cast<int64_t>(warps) * depth;  // of a warp's steps, along K
 
   const int k0 = first * depth;
@@ -129,10 +128,9 @@ __device__ void load_factor(unsigned char* tile, const Matrix& f, int row0, int 
 }
 
 // z F^T by the CTA's other warps, a warp for each panel of ranks; h and z go out once.
-template <class T, int Rows>
+template <class T, int Rows, class S>
 __device__ __forceinline__ void add_adapter(Sums<T, Rows>& acc, const SmallLinearParams& p, int column0,
                                             unsigned char* shared) {
-  using S = Shape<T, Rows>;
   constexpr int barrier = 1, group = warps * 32;
   unsigned char *factor = shared, *z = shared + S::factor_bytes;
   float* h = reinterpret_cast<float*>(shared);
@@ -144,16 +142,27 @@ __device__ __forceinline__ void add_adapter(Sums<T, Rows>& acc, const SmallLinea
   for (int rank0 = 0; rank0 < R; rank0 += ranks) {
     const int count = min(ranks, R - rank0);
     ptx::bar_sync(barrier, group);  // the tiles of the ranks before are read to their end
-    for (int i = thread; i < p.rows * count; i += group) {
-      const int row = i / count, rank = rank0 + i % count;
-      const float* at = p.sums + row * static_cast<int64_t>(p.r) + rank;
-      float sum = 0.0f;
-      if (rank < p.r) {
-#pragma unroll 16
-        for (int slice = 0; slice < p.slices; ++slice) sum += at[slice * apart];
-        if (p.h && blockIdx.x == 0) p.h[row * static_cast<int64_t>(p.r) + rank] = sum;
-      }
-      h[row * rank_stride + rank - rank0] = sum;
+    constexpr int together = 2;     // numbers of h, whose parts are on their way at once
+    for (int first = thread; first < p.rows * count; first += together * group) {
+      const auto each = [&](auto what) {
+#pragma unroll
+        for (int e = 0; e < together; ++e) {
+          const int i = first + e * group, row = i / count, rank = rank0 + i % count;
+          if (i < p.rows * count) what(e, row, rank, row * static_cast<int64_t>(p.r) + rank);
+        }
+      };
+      const float* at[together] = {};
+      float sum[together] = {};
+      each([&](int e, int, int rank, int64_t place) { at[e] = rank < p.r ? p.sums + place : nullptr; });
+#pragma unroll 8
+      for (int slice = 0; slice < p.slices; ++slice)
+#pragma unroll
+        for (int e = 0; e < together; ++e)
+          if (at[e]) sum[e] += at[e][slice * apart];
+      each([&](int e, int row, int rank, int64_t place) {
+        h[row * rank_stride + rank - rank0] = sum[e];
+        if (p.h && blockIdx.x == 0 && rank < p.r) p.h[place] = sum[e];
+      });
     }
     ptx::bar_sync(barrier, group);  // h is there
     for (int row = warp; row < Rows; row += warps)
@@ -198,9 +207,10 @@ __device__ void store_rows(float* sums, const Sums<T, Rows>& acc) {
   }
 }
 
-template <class T, int Rows, bool Trans>
-__global__ void __launch_bounds__(threads, 1) small_linear_kernel(const SmallLinearParams p) {
-  using S = Shape<T, Rows>;
+template <class T, int Rows, bool Trans, bool Large>
+__global__ void __launch_bounds__(threads, sizeof(T) == 2 && !Large ? 2 : 1)
+    small_linear_kernel(const SmallLinearParams p) {
+  using S = Shape<T, Rows, Large>;
   extern __shared__ __align__(128) unsigned char shared[];
   const int column0 = blockIdx.x * columns, split = blockIdx.y, warp = threadIdx.x / 32;
   const bool adapter = p.sums && split == 0;
@@ -210,9 +220,9 @@ __global__ void __launch_bounds__(threads, 1) small_linear_kernel(const SmallLin
   unsigned char* of_adapter = shared + warps * S::warp_bytes;
   Sums<T, Rows> acc;
   if (warp >= warps) {
-    if (adapter) add_adapter<T, Rows>(acc, p, column0, of_adapter);
+    if (adapter) add_adapter<T, Rows, S>(acc, p, column0, of_adapter);
   } else if (p.w) {
-    add_base<T, Rows, Trans>(acc, p, column0, split, p.splits.splits, shared + warp * S::warp_bytes);
+    add_base<T, Rows, Trans, S>(acc, p, column0, split, p.splits.splits, shared + warp * S::warp_bytes);
   }
   ptx::cp_async_wait_group<0>();
   __syncthreads();  // the stages are free
@@ -251,11 +261,12 @@ __global__ void __launch_bounds__(threads, 1) small_linear_kernel(const SmallLin
   });
 }
 
-template <class T, int Rows>
+template <class T, int Rows, bool Large = false>
 cudaError_t launch_as(const SmallLinearParams& p, cudaStream_t stream) {
-  const auto kernel = p.w_trans ? small_linear_kernel<T, Rows, true> : small_linear_kernel<T, Rows, false>;
+  const auto kernel =
+      p.w_trans ? small_linear_kernel<T, Rows, true, Large> : small_linear_kernel<T, Rows, false, Large>;
   const dim3 grid(ceil_div(p.columns, columns), p.splits.splits);
-  return launch(kernel, grid, threads, Shape<T, Rows>::shared, p, stream);
+  return launch(kernel, grid, threads, Shape<T, Rows, Large>::shared, p, stream);
 }
 
 }  // namespace
@@ -265,6 +276,10 @@ cudaError_t small_linear_launch(const SmallLinearParams& p, cudaStream_t stream)
     using T = decltype(t);
     if (p.rows <= 8) return launch_as<T, 8>(p, stream);
     if (p.rows <= 16) return launch_as<T, 16>(p, stream);
+    const DeviceLimits of = device_limits();
+    const int64_t ctas = static_cast<int64_t>(ceil_div(p.columns, columns)) * p.splits.splits;
+    const bool large = ctas <= of.processors && of.shared > large_shared;
+    if (large) return launch_as<T, small_rows, true>(p, stream);
     return launch_as<T, small_rows>(p, stream);
   });
 }

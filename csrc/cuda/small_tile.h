@@ -5,21 +5,24 @@
 
 namespace svdkern::cuda::few {
 
-constexpr int few_shared = 98 << 10;  // of a CTA: what all GPUs have, less what the kernel declares itself
-constexpr int warps = 4;              // of the product, and as many of the adapter
+constexpr int any_shared = 98 << 10;  // of a CTA: what all GPUs have, less what the kernel declares itself
+constexpr int large_shared = 160 << 10;
+constexpr int warps = 4;  // of the product, and as many of the adapter
 constexpr int threads = 2 * warps * 32, columns = small_columns;
 constexpr int ranks = 128;                    // of the adapter at a time
 constexpr int w_bytes = columns * row_bytes;  // of a step: 128 bytes of k for each column
 constexpr int rank_stride = ranks + 16;       // of h; no bank conflicts where threads go along 16 ranks or 32
 constexpr int sum_stride = columns + 4;       // no bank conflicts where warps write their sums
 
-template <class T, int Rows>
+// Large: for the CTA that has a processor for itself.
+template <class T, int Rows, bool Large = false>
 struct Shape {
   static constexpr int a_bytes = Rows * row_bytes, stage_bytes = w_bytes + a_bytes;
   static constexpr int panels = ranks / row_elements<T>, h_bytes = Rows * rank_stride * sizeof(float);
   static constexpr int factor_bytes = panels * w_bytes > h_bytes ? panels * w_bytes : h_bytes;  // h's place, then F's
   static constexpr int adapter_bytes = factor_bytes + panels * a_bytes;
-  static constexpr int fit = (few_shared - adapter_bytes) / (warps * stage_bytes), stages = fit < 4 ? fit : 4;
+  static constexpr int free = (Large ? large_shared : any_shared) - adapter_bytes, fit = free / (warps * stage_bytes);
+  static constexpr int stages = fit < 4 ? fit : 4;
   static constexpr int warp_bytes = stages * stage_bytes, shared = warps * warp_bytes + adapter_bytes;
   static constexpr int slices = sizeof(T) == 2 ? 4 : 8;                // of a step: 16 k of 16 bits, 4 of f32
   static constexpr int sum_bytes = Rows * sum_stride * sizeof(float);  // of a warp
