@@ -3,16 +3,15 @@
 //
 //   a (M, K) row-major, T    w (N, K) row-major, or (K, N) contracted down its rows    sums (slices, M, r)    F (N, r)
 //
-//           K, in steps of 128 bytes                 CTA: 32 columns of out, all rows, one split of K; four warps take
-//         +----+----+----+----+----+----+            steps in turn, each with two to four stages in shared memory of
-//         its
-//      32 | w0 | w1 | w2 | w3 | w0 | .. |            own, so that nothing in the loop waits for another warp. Four more
-//         +----+----+----+----+----+----+  x  a      are the adapter's: 128 ranks at a time, h summed up and made z, in
-//                                                    the CTAs of the first split.
+//           K, in steps of 128 bytes              CTA: 32 columns of out, all rows, one split of K; four warps take
+//         +----+----+----+----+----+----+         steps in turn, each with two to four stages in shared memory of its
+//      32 | w0 | w1 | w2 | w3 | w0 | .. |         own, so that nothing in the loop waits for another warp. Four more
+//         +----+----+----+----+----+----+  x  a   are the adapter's: 128 ranks at a time, h summed up and made z, in
+//                                                 the CTAs of the first split.
 //
 // Warps' sums meet in shared memory, splits' in splits.h, both in a fixed order. What the adapter waits for (the sums,
-// F) passes beside the reads of w. K is split only where there are fewer columns than processors have CTAs: splits wait
-// for each other's sums where all of w has been read.
+// F) passes beside the reads of w. K is split only where columns are too few to give every processor a CTA: the last
+// split waits for the others' sums, a store and a read that nothing hides.
 //
 // Why tensor cores at one row: what limits is w, 19 bytes a clock and SM of an A100 at its top clock (2.04 TB/s, 108
 // SMs, 1.0 to 1.4 GHz), 14 of an H100. 512 bytes are 16 x 16 elements of 16 bits, and 27 to 37 clocks. In them
