@@ -228,6 +228,27 @@ def test_few_rows_read_w_once_in_whole_sectors_without_bank_conflicts(dtype: str
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("w", ["rows", "columns"])
+@pytest.mark.parametrize(("rows", "most"), [(8, 105), (16, 130), (32, 200)])
+def test_a_step_of_few_rows_is_short(rows: int, most: int, w: str) -> None:
+    """PTX instructions of a warp for 4 KB of w, which an H100 brings in 1170 clocks for each of four warps."""
+    seen = []
+    for depth in (1024, 2048):
+        a, right = torch.ones(rows, depth, dtype=torch.bfloat16), torch.ones(32, depth, dtype=torch.bfloat16).t()
+        right, y = right if w == "rows" else right.contiguous(), torch.empty(rows, 32, dtype=torch.bfloat16)
+        how = CudaEmulation(statistics={})
+        how.call(
+            "small_linear", a, right, None, None, None, None, None, False, None, 1.0, None, None, 0, None, None, y, None, None
+        )  # fmt: skip
+        assert how.statistics is not None
+        counts = how.statistics["small_linear_kernel"].instructions
+        seen.append((sum(counts.values()), counts["mma"]))
+    instructions, mma = ((b - a) // 16 for a, b in zip(*seen, strict=True))
+    assert mma == rows
+    assert instructions <= most
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 @pytest.mark.parametrize(("rows", "height", "width"), [(70, 64, 64), (90, 128, 128), (256, 128, 256)])
 def test_linear_reads_w_once_for_a_tile_of_rows(rows: int, height: int, width: int) -> None:
     """32-byte sectors that its copies move: those of w for every row tile, those of a for every column tile, and no more."""
