@@ -59,7 +59,7 @@ else
   TUNE_SHAPES="8192x4096x4096x16 2048x4096x4096x16 8192x2048x2048x16 1024x576x1536x16 16x4096x4096x16 4x4096x4096x16
                8192x4096x4096x64 2048x4096x4096x64"
   TUNE_SECONDS=400
-  TESTS="-m gpu --continue-on-collection-errors -n 8"
+  TESTS="-m gpu --continue-on-collection-errors -n 12"
   SANITIZER=compute-sanitizer
 fi
 SANITIZED="cuda and dtype0 and (dropout or (core and 32) or (same_bits and not 1000 and not 8192))" # of test_gpu_backends.py

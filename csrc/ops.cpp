@@ -386,12 +386,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
       "_cuda_workspace(Tensor x, int rows, int width, int columns, int r, bool base, bool backward, int mask) -> int");
   m.def(
       "_cuda_layer_forward(Tensor x, Tensor? w, Tensor u, Tensor? sigma, Tensor v, Tensor? bias, Tensor? scale, "
-      "float scale_value, Tensor? core, Tensor? gate, Tensor? rng_state, int threshold, Tensor(a!) y, Tensor(b!) h, "
-      "Tensor(c!) workspace) -> ()");
+      "float scale_value, Tensor? core, Tensor? gate, Tensor? rng_state, int threshold, Tensor(a!)? y, Tensor(b!) h, "
+      "Tensor(c!)? z, Tensor(d!)? factor, Tensor(e!) workspace) -> ()");
   m.def(
       "_cuda_layer_backward(Tensor dy, Tensor? x, Tensor? w, Tensor u, Tensor? sigma, Tensor v, Tensor? scale, "
       "float scale_value, Tensor? core, Tensor? gate, Tensor? h, Tensor? rng_state, int threshold, Tensor(a!)? dx, "
-      "Tensor(b!)? du, Tensor(c!)? dsigma, Tensor(d!)? dv, Tensor(e!)? p, Tensor(f!) workspace) -> ()");
+      "Tensor(b!)? du, Tensor(c!)? dsigma, Tensor(d!)? dv, Tensor(e!)? p, Tensor(f!)? q, Tensor(g!)? factor, "
+      "Tensor(h!) workspace) -> ()");
   m.def("_cuda_probe(Tensor on) -> str");
   m.def("_cuda_build() -> str");
   m.def("_cpu_isa() -> str");

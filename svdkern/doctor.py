@@ -100,9 +100,8 @@ def _compiled() -> list[str]:
     if missing is None:
         lines.append("  can be imported; run from their PTX for sm_80 and sm_90 by the tests, compiled only for sm_100")
         lines.append(
-            '  taken where a call names them (backend="triton", SVDKERN_BACKEND=triton); unasked on sm_90, in bfloat16 and'
+            '  taken where a call names them (backend="triton", SVDKERN_BACKEND=triton), and by the SVD that initialises'
         )
-        lines.append(f"  float16, by layers of {gpu_choice.RULE}; other calls on a GPU take eager")
     else:
         lines.append(f"  missing: {missing}")
     lines.append("settings")
@@ -141,8 +140,8 @@ def _rule(chosen: str, device: str, dtype: torch.dtype) -> str:
         return "its kernels"
     if chosen == "eager":
         unasked = device == "cuda" and dispatch.named() is None
-        if unasked and gpu_choice.may_take_triton(torch.device(device, torch.cuda.current_device()), dtype):
-            return f"{_PATHS['eager']}; triton if {gpu_choice.RULE}"
+        if unasked and gpu_choice.may_take_cuda(torch.device(device, torch.cuda.current_device()), dtype):
+            return f"{_PATHS['eager']}; cuda if {gpu_choice.RULE}"
         return _PATHS["eager"]
     if kernels_win(dtype):
         return f"by the tables, else the rule: {_PATHS['fused']}"

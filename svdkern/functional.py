@@ -62,7 +62,7 @@ def svd_linear(
         dropout_p: dropout on the adapter branch's input, in [0, 1]. No mask is stored: it is made again in the backward.
         rng_state: int64 (2,) on x's device, (seed, offset) of the dropout stream; drawn from torch's generator when None.
         backend: "eager", "cpu", "triton", "cuda" or None (the fastest correct one that is measured; on a GPU that is eager, but for
-            large layers of small rank on sm_90, which take "triton").
+            layers of bfloat16 or float16 and small rank on sm_90, which take "cuda").
 
     The factors may have any floating dtype, each its own (float32 masters under bfloat16 activations); they are cast, x never
     is, and their gradients come back in their dtype. Under autocast x, weight and bias take autocast's dtype, as in

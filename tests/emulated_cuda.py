@@ -24,7 +24,7 @@ from svdkern.backends import dispatch, extension
 
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-BETWEEN = ("partial", "counters", "control", "workspace", "p")  # what one launch hands on to another, or to itself
+BETWEEN = ("partial", "counters", "control", "workspace", "p", "q")  # what one launch hands on to another, or to itself
 
 
 def why_not() -> str | None:
@@ -67,6 +67,7 @@ class CudaEmulation:
     seed: int = 0
     ptx: dict[str, str] = field(default_factory=dict)  # by kernel: to run instead of its own
     scale_on_host: bool = False  # on a GPU it is a buffer of the layer as a rule
+    by_library: bool = False  # the product with W is PyTorch's
     processors: int = 3
     shared: int = 227 << 10  # that a CTA may ask for: of sm_90; 163 KB of sm_80, 99 KB of sm_86, sm_89 and sm_120
     statistics: dict[str, ptx_emulator.Statistics] | None = None  # by kernel, where somebody counts
@@ -111,6 +112,7 @@ def cuda_emulation(**options) -> Iterator[CudaEmulation]:  # type: ignore[no-unt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "call", how.call)
         patch.setattr(backend, "processors", lambda device: how.processors)
+        patch.setattr(backend, "by_library", lambda rows, *sizes: how.by_library and rows > backend.SMALL_ROWS)
         patch.setattr(backend, "on_host", lambda scale: how.scale_on_host)
         patch.setattr(dispatch, "why_not", lambda name, device, dtype: None)
         dispatch._paths.clear()

@@ -27,7 +27,7 @@ def forward(how: CudaEmulation, t: dict[str, Tensor], less: int = 0, **other: Te
     size = how.call("workspace", t["x"], rows, K, N, R, True, False, 0) - less
     how.call(
         "layer_forward", t["x"], t["w"].t(), t["u"], t["sigma"], t["v"], None, None, 0.5, None, None, None, 0, y, h,
-        torch.empty(size, dtype=torch.uint8),
+        t.get("z"), t.get("factor"), torch.empty(size, dtype=torch.uint8),
     )  # fmt: skip
     return y, h
 
@@ -40,7 +40,7 @@ def backward(how: CudaEmulation, t: dict[str, Tensor], wanted: str, less: int = 
     size = how.call("workspace", t["dy"], rows, K, N, R, "x" in outs, True, mask) - less
     how.call(
         "layer_backward", t["dy"], t["x"] if "u" in outs else None, t["w"] if "x" in outs else None, t["u"], t["sigma"], t["v"],
-        None, 0.5, None, None, t["h"] if {"sigma", "v"} & set(outs) else None, None, 0, *(outs.get(n) for n in like),
+        None, 0.5, None, None, t["h"] if {"sigma", "v"} & set(outs) else None, None, 0, *(outs.get(n) for n in like), None, None,
         torch.empty(size, dtype=torch.uint8),
     )  # fmt: skip
     return outs
@@ -92,6 +92,11 @@ BAD: list[tuple[Callable[[CudaEmulation], object], str]] = [
     (lambda how: forward(how, layer(), v=torch.randn(N + 1, R)), "v is 41, expected 40"),
     (lambda how: forward(how, layer(), u=torch.randn(K, R + 1)), "the rank of a factor is 5, expected 6"),
     (lambda how: forward(how, layer(), y=torch.empty(M, N)), "y must have the dtype of x"),
+    (
+        lambda how: forward(how, layer(), z=torch.empty(M, 16).bfloat16(), factor=torch.empty(N, 16).bfloat16()),
+        r"either a result, or z \(or q\) and factor for it",
+    ),
+    (lambda how: forward(how, layer(), z=torch.empty(M, 16).bfloat16()), r"z \(or q\) and factor come together"),
     (lambda how: forward(how, layer(), sigma=torch.rand(R + 1)), "the size of sigma is 6, expected 5"),
 ]
 

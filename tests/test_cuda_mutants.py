@@ -143,7 +143,7 @@ def run_modulate(how: CudaEmulation) -> list[Tensor]:
         size = how.call("workspace", dy, m, 16, n, r, False, True, 4 + 8)
         how.call(
             "layer_backward", dy, None, None, u, sigma, v, None, 0.5, None, gate, h, None, 0, None, None, dsigma, dv, None,
-            torch.empty(size, dtype=torch.uint8),
+            None, None, torch.empty(size, dtype=torch.uint8),
         )  # fmt: skip
         outs += [dv, dsigma]
     return outs

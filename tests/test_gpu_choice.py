@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import types
 from collections.abc import Iterator
 
 import pytest
 import torch
 from emulated import emulation
+from emulated_cuda import cuda_emulation
+from emulated_cuda import why_not as no_kernels
 from operands import cast, fused, operands
-from svdkern.triton_kernels import sketch as sketch_kernel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import svdkern
 from svdkern import doctor
-from svdkern.backends import dispatch, gpu_choice, triton
+from svdkern.backends import cuda, dispatch, gpu_choice
 
 DEVICE = torch.device("cuda", 0)
-LAYER = {"m": 8192, "k": 4096, "n": 2048, "r": 16}
+SMALL = {"m": 1024, "k": 2048, "n": 2048, "r": 64}
+LARGE = {"m": 8192, "k": 4096, "n": 4096, "r": 16}
 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """An H100 as PyTorch would describe it, where Triton can compile."""
+    """An H100 as PyTorch would describe it, whose driver runs the kernels."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(triton, "why_missing", lambda: None)
-    monkeypatch.setattr(triton, "_compiles", {DEVICE: True})
+    monkeypatch.setattr(cuda, "why_missing", lambda: None)
+    monkeypatch.setattr(cuda, "_refused", lambda device: None)
     monkeypatch.delenv("SVDKERN_BACKEND", raising=False)
     dispatch.read_environment()
     yield monkeypatch
@@ -44,7 +45,7 @@ def on_the_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
 
 
 def chosen(
-    m: int = 8192, k: int = 4096, n: int = 2048, r: int = 16,
+    m: int = 8, k: int = 4096, n: int = 2048, r: int = 16,
     dtype: torch.dtype = torch.bfloat16, requested: str | None = None, threshold: int = 0,
 ) -> str:  # fmt: skip
     """The backend of a layer, the same in both directions and for both ways to say None."""
@@ -58,21 +59,23 @@ def chosen(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("other", [{}, {"m": 1024}, {"k": 2048}, {"r": 32}, {"r": 1}])
-def test_large_layers_of_small_rank_take_triton(other: dict[str, int], dtype: torch.dtype) -> None:
-    assert chosen(**(LAYER | other), dtype=dtype) == "triton"
+@pytest.mark.parametrize(
+    "layer", [SMALL, LARGE, SMALL | {"m": 2048}, SMALL | {"r": 1}, LARGE | {"threshold": 1}], ids=str
+)
+def test_layers_of_small_rank_take_the_cuda_kernels(layer: dict[str, int], dtype: torch.dtype) -> None:
+    assert chosen(**layer, dtype=dtype) == "cuda"
 
 
 @pytest.mark.parametrize(
-    "other",
+    "layer",
     [
-        {"m": 1022}, {"k": 2047}, {"n": 2047}, {"r": 33}, {"r": 0}, {"threshold": 1}, {"dtype": torch.float32},
-        {"dtype": torch.float64}, {"requested": "eager"},
+        SMALL | {"r": 65}, SMALL | {"r": 0}, SMALL | {"m": 2050}, LARGE | {"r": 17}, SMALL | {"dtype": torch.float32},
+        SMALL | {"dtype": torch.float64}, SMALL | {"requested": "eager"},
     ],
     ids=str,
 )  # fmt: skip
-def test_every_other_layer_is_eager(other: dict[str, object]) -> None:
-    assert chosen(**(LAYER | other)) == "eager"  # type: ignore[arg-type]
+def test_every_other_layer_is_eager(layer: dict[str, object]) -> None:
+    assert chosen(**layer) == "eager"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
@@ -82,48 +85,33 @@ def test_on_other_gpus_too(gpu: pytest.MonkeyPatch, capability: tuple[int, int])
 
 
 def test_a_name_decides_alone(gpu: pytest.MonkeyPatch) -> None:
-    assert chosen(m=4, requested="triton") == "triton"
-    for name, m in (("eager", 8192), ("triton", 4)):
+    assert chosen(**(SMALL | {"r": 100}), requested="cuda") == "cuda"
+    for name, r in (("eager", 16), ("cuda", 100)):
         gpu.setenv("SVDKERN_BACKEND", name)
         dispatch.read_environment()
-        assert chosen(m=m) == name
+        assert chosen(r=r) == name
 
 
-def test_without_triton_it_is_eager(gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    gpu.setattr(triton, "why_missing", lambda: "no triton")
+@pytest.mark.parametrize(("what", "reason"), [("why_missing", "built without"), ("_refused", "driver is too old")])
+def test_where_the_kernels_cannot_run_it_is_eager_without_a_word(
+    gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str, reason: str
+) -> None:
+    gpu.setattr(cuda, what, lambda *device: reason)
     assert chosen() == "eager"
     assert not caplog.records
 
 
-@pytest.mark.parametrize("strict", ["0", "1"])
-def test_without_a_compiler_it_is_eager_and_says_so_once(
-    gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strict: str
-) -> None:
-    def fail(*arguments: object, **options: object) -> None:
-        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
-
-    gpu.setattr(triton, "_compiles", {})
-    gpu.setattr(sketch_kernel, "sketch", fail)
-    gpu.setenv("SVDKERN_STRICT", strict)
-    dispatch.read_environment()
-    with caplog.at_level(logging.WARNING, "svdkern"):
-        assert chosen() == chosen(m=4096) == "eager"
-    (record,) = caplog.records
-    assert record.getMessage().startswith("Triton's kernels cannot be used, PyTorch's operations are: Failed to find C")
-
-
-def test_what_a_capture_could_not_find_out_is_asked_again(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(triton, "_compiles", {})
-    gpu.setattr(sketch_kernel, "sketch", lambda *arguments, **options: torch.ones(1, 1))
+def test_what_is_chosen_during_a_capture_is_asked_again(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(cuda, "_refused", lambda device: "not now")
     gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert chosen() == "eager"
-    gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert chosen() == "triton"
+    gpu.setattr(cuda, "_refused", lambda device: None)
+    assert chosen() == "cuda"
 
 
 def test_doctor_says_which(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.cuda, "current_device", lambda: 0)
-    assert doctor._rule("eager", "cuda", torch.bfloat16) == f"PyTorch operators; triton if {gpu_choice.RULE}"
+    assert doctor._rule("eager", "cuda", torch.bfloat16) == f"PyTorch operators; cuda if {gpu_choice.RULE}"
     assert (
         doctor._rule("eager", "cuda", torch.float32)
         == doctor._rule("eager", "cpu", torch.bfloat16)
@@ -134,9 +122,10 @@ def test_doctor_says_which(gpu: pytest.MonkeyPatch) -> None:
     assert doctor._rule("eager", "cuda", torch.bfloat16) == "PyTorch operators"
 
 
-def test_warmup_runs_the_layers_that_take_triton(gpu: pytest.MonkeyPatch) -> None:
-    layer = svdkern.SVDLinear(32, 48, 4, dtype=torch.bfloat16, dropout_p=0.5)
-    gpu.setattr(gpu_choice, "LEAST_WIDTH", 32)
+def test_warmup_runs_the_layers_that_take_kernels(gpu: pytest.MonkeyPatch) -> None:
+    layer = svdkern.SVDLinear(32, 48, 4, dtype=torch.bfloat16)
+    gpu.setattr(gpu_choice, "SMALL_WORK", 32 * 48 * 1024)
+    gpu.setattr(gpu_choice, "MOST_RANK_LARGE", 3)
 
     real, ran = dispatch.choose_path, list[int]()
 
@@ -146,9 +135,8 @@ def test_warmup_runs_the_layers_that_take_triton(gpu: pytest.MonkeyPatch) -> Non
 
     gpu.setattr(dispatch, "choose_path", as_if_on_the_gpu)
     gpu.setattr("svdkern.graphs._run", lambda layer, x: ran.append(len(x)))
-    assert svdkern.warmup(layer, [16, 1024, 4096]) == 0  # dropout
-    assert svdkern.warmup(layer.eval(), [16, 1024, 4096]) == 2
-    assert ran == [1024, 4096]
+    assert svdkern.warmup(layer, [16, 1024, 4096]) == 2
+    assert ran == [16, 1024]
     with torch.autocast("cpu", torch.bfloat16):
         assert svdkern.warmup(layer.float(), [1024]) == 1
     assert svdkern.warmup(layer, [1024]) == 0
@@ -156,20 +144,29 @@ def test_warmup_runs_the_layers_that_take_triton(gpu: pytest.MonkeyPatch) -> Non
 
 # ------------------------------------------------------------------------------ where somebody sees PyTorch's operators alone
 
+KERNELS = [
+    pytest.param("triton", emulation, id="triton"),
+    pytest.param(
+        "cuda", cuda_emulation, id="cuda", marks=pytest.mark.skipif(no_kernels() is not None, reason=str(no_kernels()))
+    ),
+]
 
-def test_a_fake_tensor_takes_operators() -> None:
-    with emulation() as how, FakeTensorMode():
+
+@pytest.mark.parametrize(("backend", "emulated"), KERNELS)
+def test_a_fake_tensor_takes_operators(backend: str, emulated) -> None:  # type: ignore[no-untyped-def]
+    with emulated() as how, FakeTensorMode():
         o = cast(operands(20, 32, 48, 4), torch.bfloat16, (torch.float32,) * 3)
         x = o["x"].requires_grad_()
-        y = fused(o | {"x": x}, backend="triton")
+        y = fused(o | {"x": x}, backend=backend)
         (dx,) = torch.autograd.grad(y, x, torch.empty_like(y))
     assert how.launches == [] and y.shape == (20, 48) and dx.shape == x.shape
 
 
-def test_a_traced_graph_has_operators() -> None:
+@pytest.mark.parametrize(("backend", "emulated"), KERNELS)
+def test_a_traced_graph_has_operators(backend: str, emulated) -> None:  # type: ignore[no-untyped-def]
     o = cast(operands(20, 32, 48, 4), torch.bfloat16, (torch.float32,) * 3)
-    with emulation() as how:
-        traced = make_fx(lambda x: fused(o | {"x": x}, backend="triton"))(o["x"])
+    with emulated() as how:
+        traced = make_fx(lambda x: fused(o | {"x": x}, backend=backend))(o["x"])
     assert how.launches == []
     other = torch.randn_like(o["x"])
     assert torch.equal(traced(other), fused(o | {"x": other}, backend="eager"))

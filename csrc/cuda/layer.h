@@ -6,6 +6,7 @@
 //   more     pack, forward | pack, shrink, linear       pack, shrink (p, q), linear (dx), modulate, outer (dU), outer (dV)
 // clang-format on
 //
+// outside: the product with w is the caller's, who gets z (or q) and the packed factor instead: no linear, no forward.
 // modulate: z for dV, dsigma. A launch whose results nobody wants is left out. Counters are zeroed by the first launch.
 #pragma once
 
@@ -44,6 +45,8 @@ struct LayerForward {
   LinearParams linear;  // y = x w + z v^T + bias
   Matrix u, v;          // (K, r), (N, r)
   bool base = true;     // whether there is a w
+  bool outside = false;
+  void* factor = nullptr;  // outside: (N, R) for v packed; shrink.z is the caller's, too
 };
 
 struct LayerBackward {
@@ -53,6 +56,8 @@ struct LayerBackward {
   ModulateParams modulate;  // h, by, dsigma
   OuterParams of_u, of_v;   // du = (D*x)^T q, dv = dy^T z
   bool base = true;         // whether there is a w
+  bool outside = false;
+  void* factor = nullptr;  // outside: (K, R) for u packed; shrink.z is the caller's, too
   bool want_x, want_u, want_sigma, want_v, want_p;
 };
 
@@ -124,7 +129,7 @@ inline Counters counters_in(Workspace& room, Take take) {
 inline cudaError_t run_layer(LayerForward l, Workspace& room, int processors, cudaStream_t stream) {
   ShrinkParams& s = l.shrink;
   const int size = size_of(s.dtype);
-  if (s.rows <= small_rows) {
+  if (s.rows <= small_rows && !l.outside) {
     float* sums = sums_in(s, room);
     Splits splits;
     const Counters counters = counters_in(
@@ -134,7 +139,10 @@ inline cudaError_t run_layer(LayerForward l, Workspace& room, int processors, cu
   }
   PackParams pack;
   pack.factors[0] = packed_columns(l.u, s.r, size, room), pack.factors[1] = packed_rows(l.v, s.r, size, room);
-  s.z = room.take<char>(static_cast<int64_t>(s.rows) * padded(s.r) * size);
+  if (l.outside)
+    pack.factors[1].out = l.factor;
+  else
+    s.z = room.take<char>(static_cast<int64_t>(s.rows) * padded(s.r) * size);
   int* tickets = nullptr;
   const Counters counters = counters_in(room, [&](Workspace& in, Counters& c) {
     tickets = c.take(1 + ceil_div(s.rows, forward_rows));
@@ -146,24 +154,28 @@ inline cudaError_t run_layer(LayerForward l, Workspace& room, int processors, cu
   l.linear.z = s.z, l.linear.factor = pack.factors[1].out;
   cudaError_t error = pack_launch(pack, stream);
   if (error != cudaSuccess) return error;
-  if (l.base && forward_serves(l.linear)) {
+  if (l.base && !l.outside && forward_serves(l.linear)) {
     s.splits = {};
     return forward_launch({s, l.linear, tickets}, stream);
   }
   error = shrink_launch(s, stream);
-  return error == cudaSuccess ? linear_launch(l.linear, stream) : error;
+  return error == cudaSuccess && !l.outside ? linear_launch(l.linear, stream) : error;
 }
 
 inline cudaError_t run_layer(LayerBackward l, Workspace& room, int processors, cudaStream_t stream) {
   ShrinkParams& s = l.shrink;
   const int size = size_of(s.dtype);
-  const bool product = l.want_x || l.want_u || l.want_sigma || l.want_p, few = l.want_x && s.rows <= small_rows;
+  const bool product = l.want_x || l.want_u || l.want_sigma || l.want_p || l.outside;
+  const bool few = l.want_x && s.rows <= small_rows && !l.outside;
   float* sums = few ? sums_in(s, room) : nullptr;
   PackParams pack;
   if (product && !few)
     pack.factors[0] = packed_rows(l.u, s.r, size, room), pack.factors[1] = packed_columns(l.v, s.r, size, room);
   const int64_t of_z = static_cast<int64_t>(s.rows) * padded(s.r) * size;
-  s.z = l.want_u || (l.want_x && !few) ? room.take<char>(of_z) : nullptr;
+  if (l.outside)
+    pack.factors[0].out = l.factor;
+  else
+    s.z = l.want_u || (l.want_x && !few) ? room.take<char>(of_z) : nullptr;
   l.modulate.z = l.want_v ? room.take<char>(of_z) : nullptr;
   if (l.want_sigma && !l.want_p) s.h = room.take<float>(static_cast<int64_t>(s.rows) * s.r);
   Splits small;
@@ -190,7 +202,7 @@ inline cudaError_t run_layer(LayerBackward l, Workspace& room, int processors, c
     error = pack_launch(pack, stream);
     if (error == cudaSuccess) error = shrink_launch(s, stream);
     l.linear.z = s.z, l.linear.factor = pack.factors[0].out;
-    if (error == cudaSuccess && l.want_x) error = linear_launch(l.linear, stream);
+    if (error == cudaSuccess && l.want_x && !l.outside) error = linear_launch(l.linear, stream);
   } else {
     l.modulate.control = control, l.modulate.counters = counters.count;
   }

@@ -9,14 +9,15 @@ using svdkern::cuda::LayerBackward;
 using svdkern::cuda::LayerForward;
 using svdkern::cuda::Workspace;
 
-enum Want { want_x = 1, want_u = 2, want_sigma = 4, want_v = 8, want_p = 16 };
+enum Want { want_x = 1, want_u = 2, want_sigma = 4, want_v = 8, want_p = 16, outside = 32 };
 
 void set_wants(LayerBackward& l, int64_t mask) {
   l.want_x = mask & want_x, l.want_u = mask & want_u, l.want_sigma = mask & want_sigma;
-  l.want_v = mask & want_v, l.want_p = mask & want_p;
+  l.want_v = mask & want_v, l.want_p = mask & want_p, l.outside = mask & outside;
 }
 
-// Bytes of the workspace of a layer (rows, width) -> (rows, columns): forward, or backward (the gradients of `mask`).
+// Bytes of the workspace of a layer (rows, width) -> (rows, columns): forward, or backward (the gradients of `mask`);
+// in both `mask` says whether the product with w is outside.
 int64_t cuda_workspace(const Tensor& x, int64_t rows, int64_t width, int64_t columns, int64_t r, bool base,
                        bool backward, int64_t mask) {
   const DType dtype = look_anywhere(x, "x", x.dim()).dtype;
@@ -35,7 +36,7 @@ int64_t cuda_workspace(const Tensor& x, int64_t rows, int64_t width, int64_t col
     run_layer(l, room, processors, nullptr);
   } else {
     LayerForward l;
-    fill(l, k, n);
+    fill(l, k, n), l.outside = mask & outside;
     run_layer(l, room, processors, nullptr);
   }
   return room.bytes();
@@ -80,14 +81,33 @@ void take_result(svdkern::cuda::LinearParams& l, const Device& device, const Ten
   l.out = const_cast<void*>(v.data), l.out_stride = v.stride[0];
 }
 
+// Where the caller's own product with w finds its other operands.
+template <class Layer>
+void take_outside(Layer& l, const Device& device, const MaybeTensor& z, const MaybeTensor& factor, int64_t length,
+                  bool without_result) {
+  STD_TORCH_CHECK(z.has_value() == factor.has_value(), "z (or q) and factor come together");
+  STD_TORCH_CHECK(!z.has_value() || without_result, "either a result, or z (or q) and factor for it");
+  l.outside = z.has_value();
+  if (!l.outside) return;
+  const int R = svdkern::cuda::padded(l.shrink.r);
+  l.shrink.z = device.dense(z, "z", {l.shrink.rows, R}, l.shrink.dtype);
+  l.factor = device.dense(factor, "factor", {length, R}, l.shrink.dtype);
+}
+
 void cuda_layer_forward(const Tensor& x, const MaybeTensor& w, const Tensor& u, const MaybeTensor& sigma,
                         const Tensor& v, const MaybeTensor& bias, const MaybeTensor& scale, double scale_value,
                         const MaybeTensor& core, const MaybeTensor& gate, const MaybeTensor& rng_state,
-                        int64_t threshold, const Tensor& y, const Tensor& h, const Tensor& workspace) {
+                        int64_t threshold, const MaybeTensor& y, const Tensor& h, const MaybeTensor& z,
+                        const MaybeTensor& factor, const Tensor& workspace) {
   const Device device{x};
   LayerForward l;
   const int64_t r = u.size(1);
-  take_rows(l, device, x, "x", r), take_result(l.linear, device, y, "y");
+  take_rows(l, device, x, "x", r);
+  if (y.has_value())
+    take_result(l.linear, device, *y, "y");
+  else
+    l.linear.columns = small(v.size(0), "the width of y");
+  take_outside(l, device, z, factor, l.linear.columns, !y.has_value());
   l.u = factor_view(device, u, "u", l.shrink.width, r), l.v = factor_view(device, v, "v", l.linear.columns, r);
   l.base = w.has_value();
   if (l.base) take_weight(l.linear, device, *w);
@@ -106,8 +126,8 @@ void cuda_layer_backward(const Tensor& dy, const MaybeTensor& x, const MaybeTens
                          const MaybeTensor& sigma, const Tensor& v, const MaybeTensor& scale, double scale_value,
                          const MaybeTensor& core, const MaybeTensor& gate, const MaybeTensor& h,
                          const MaybeTensor& rng_state, int64_t threshold, const MaybeTensor& dx, const MaybeTensor& du,
-                         const MaybeTensor& dsigma, const MaybeTensor& dv, const MaybeTensor& p,
-                         const Tensor& workspace) {
+                         const MaybeTensor& dsigma, const MaybeTensor& dv, const MaybeTensor& p, const MaybeTensor& q,
+                         const MaybeTensor& factor, const Tensor& workspace) {
   const Device device{dy};
   LayerBackward l;
   const int64_t r = u.size(1);
@@ -116,6 +136,7 @@ void cuda_layer_backward(const Tensor& dy, const MaybeTensor& x, const MaybeTens
   l.u = factor_view(device, u, "u", u.size(0), r), l.v = factor_view(device, v, "v", l.shrink.width, r);
   set_wants(l, dx.has_value() * want_x | du.has_value() * want_u | dsigma.has_value() * want_sigma |
                    dv.has_value() * want_v | p.has_value() * want_p);
+  take_outside(l, device, q, factor, u.size(0), !dx.has_value());
   const auto keep = device.keep(rng_state, threshold);
   const auto keep_scale = static_cast<float>(factor_of(threshold));
   MaybeTensor turned;

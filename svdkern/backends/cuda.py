@@ -21,11 +21,23 @@ from svdkern.backends import extension
 from svdkern.backends.eager import EagerBackend
 from svdkern.backends.formula import Gradients, as_rows, as_shaped, cast, gate_gradient, gate_rows
 from svdkern.backends.philox import DROPS_ALL
+from svdkern.backends.tracing import is_watched
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)
+SMALL_ROWS = 32  # csrc/cuda/params.h
 CORE_RANKS = 128
 """Above, a core is a product of its own: the epilogue of shrink needs all ranks of a row in one tile."""
+
+OUTSIDE = 32
+"""Among what a call wants: the product with W is PyTorch's (csrc/cuda/layer_ops.cpp)."""
+
+LIBRARY_WORK = 1 << 33
+"""M K N from which on cuBLAS's product and another for the branch are faster than ours with the branch in its loop, on GPUs whose
+fast tensor cores ours does not use: on an H100 2 M K N of 2.7e11 take 346 + 59 us against 684."""
+
+LIBRARY_GPUS = (9, 10)
+"""Major compute capabilities of those."""
 
 MOST_KEPT = 4096
 """Sizes of workspaces that are remembered."""
@@ -92,9 +104,23 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def major(device: torch.device) -> int:
+    """Of a device's compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def by_library(rows: int, width: int, out: int, device: torch.device) -> bool:
+    """Whether the product with W is cuBLAS's."""
+    return rows > SMALL_ROWS and rows * width * out > LIBRARY_WORK and major(device) in LIBRARY_GPUS
+
+
 def on_host(scale: Tensor) -> bool:
     """Whether a scale is a number of the launch; otherwise the kernels read it from memory."""
     return scale.is_cpu
+
+
+_EAGER = EagerBackend()
 
 
 class CudaBackend(EagerBackend):
@@ -155,16 +181,24 @@ class CudaBackend(EagerBackend):
         rng_state: Tensor | None,
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
+        if is_watched(x):
+            return _EAGER.forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         a, r = _unit(as_rows(x)), u.shape[1]
         if threshold == DROPS_ALL or _empty(a, u, v) or (core is not None and r > CORE_RANKS):
             return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         (rows, width), out = a.shape, v.shape[0]
         w, bias = _base(a, None if weight is None else weight.t(), bias)
-        y, h = a.new_empty(rows, out), a.new_empty(rows, r, dtype=torch.float32)
-        call(
-            "layer_forward", a, w, u, sigma, v, bias, *_scale(scale), core, _dense(gate, index, rows, r),
-            _state(rng_state, threshold), threshold, y, h, _workspace(a, rows, width, out, r, w is not None, False, 0),
-        )  # fmt: skip
+        h = a.new_empty(rows, r, dtype=torch.float32)
+        before = (*_scale(scale), core, _dense(gate, index, rows, r), _state(rng_state, threshold), threshold)
+        if w is not None and by_library(rows, width, out, a.device):
+            z, factor = a.new_empty(rows, _padded(r)), a.new_empty(out, _padded(r))
+            work = _workspace(a, rows, width, out, r, False, False, OUTSIDE)
+            call("layer_forward", a, None, u, sigma, v, None, *before, None, h, z, factor, work)
+            y = torch.mm(a, w) if bias is None else torch.addmm(bias, a, w)
+            return as_shaped(y.addmm_(z, factor.t()), x), h
+        y = a.new_empty(rows, out)
+        work = _workspace(a, rows, width, out, r, w is not None, False, 0)
+        call("layer_forward", a, w, u, sigma, v, bias, *before, y, h, None, None, work)
         return as_shaped(y, x), h
 
     def backward(
@@ -185,30 +219,36 @@ class CudaBackend(EagerBackend):
         want: Gradients,
     ) -> Gradients:
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
-        if batched:
-            composed = EagerBackend().backward
-            return composed(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
+        if batched or is_watched(dy):
+            return _EAGER.backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
         b, r = _unit(as_rows(dy)), u.shape[1]
         if threshold == DROPS_ALL or _empty(b, u, v) or (core is not None and r > CORE_RANKS):
             return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
         a = None if x is None else _unit(as_rows(x))
         (rows, out), width, g = b.shape, u.shape[0], _dense(gate, index, b.shape[0], r)
-        dx = du = dsigma = dv = p = dweight = dbias = None
+        dx = du = dsigma = dv = p = q = factor = dweight = dbias = None
         sums = want.scale or want.core or want.gate  # of p and h over the rows
         if want.x or want.u or want.sigma or want.v or sums:
-            dx = b.new_empty(rows, width) if want.x else None
+            w = _base(b, weight, None)[0] if want.x else None
+            outside = w is not None and not threshold and by_library(rows, out, width, b.device)
+            if outside:
+                q, factor = b.new_empty(rows, _padded(r)), b.new_empty(width, _padded(r))
+            elif want.x:
+                dx = b.new_empty(rows, width)
             du = torch.empty_like(u) if want.u else None
             dsigma = torch.empty_like(sigma) if want.sigma and sigma is not None else None
             dv = torch.empty_like(v) if want.v else None
             p = b.new_empty(rows, r, dtype=torch.float32) if sums else None
             h = None if h is None else cast(h, torch.float32).contiguous()
-            w = _base(b, weight, None)[0] if want.x else None
-            mask = want.x + 2 * want.u + 4 * want.sigma + 8 * want.v + 16 * sums
+            mask = (dx is not None) + 2 * want.u + 4 * want.sigma + 8 * want.v + 16 * sums + OUTSIDE * outside
             call(
-                "layer_backward", b, a if want.u else None, w, u, sigma, v, *_scale(scale), core, g, h,
-                _state(rng_state, threshold), threshold, dx, du, dsigma, dv, p,
+                "layer_backward", b, a if want.u else None, None if outside else w, u, sigma, v, *_scale(scale), core, g, h,
+                _state(rng_state, threshold), threshold, dx, du, dsigma, dv, p, q, factor,
                 _workspace(b, rows, width, out, r, w is not None, True, mask),
             )  # fmt: skip
+            if q is not None and factor is not None and w is not None:
+                # dy W added to the branch: that costs cuBLAS less than the other way round
+                dx = torch.mm(q, factor.t()).addmm_(b, w)
         if want.weight:
             assert a is not None and weight is not None
             dweight = self.weight_gradient(b, a, weight)

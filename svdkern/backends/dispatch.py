@@ -131,8 +131,8 @@ def _look_up(
         found = cpu.PATHS[_path(shape, a.dtype, requested, threshold).path]
     elif a.is_cuda and _is_automatic(requested):
         keep = not torch.cuda.is_current_stream_capturing()  # when not everything can be found out
-        if gpu_choice.takes_triton(shape, a.device, a.dtype, threshold):
-            found = BACKENDS["triton"]
+        if gpu_choice.takes_cuda(shape, a.device, a.dtype):
+            found = BACKENDS["cuda"]
     if keep:
         _paths[key] = found
     return found
@@ -161,7 +161,7 @@ def explain(shape: Shape, dtype: torch.dtype) -> choices.Choice:
 
 
 def choose(x: Tensor, requested: str | None) -> Backend:
-    """The backend for activations like ``x``, whatever the size of the layer; on a GPU some sizes take Triton's unasked.
+    """The backend for activations like ``x``, whatever the size of the layer; on a GPU some sizes take the CUDA kernels unasked.
 
     Raises:
         ValueError: the requested name is unknown.

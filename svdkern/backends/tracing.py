@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def one_call_an_example(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,3 +68,9 @@ def register() -> None:
         torch.library.register_fake(f"svdkern::{name}", fake)
         op = getattr(torch.ops.svdkern, name).default
         torch.library.register_vmap(op, one_call_an_example(op))
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether x is a tensor that need not have memory (a fake one), or a mode records which operators run (make_fx): PyTorch's
+    operators are what either understands, a kernel launched past them is not."""
+    return (type(x) is not Tensor and type(x) is not Parameter) or torch._C._len_torch_dispatch_stack() > 0

@@ -20,13 +20,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from svdkern.backends import triton_tiles
 from svdkern.backends.eager import EagerBackend
 from svdkern.backends.formula import Gradients, as_rows, as_shaped, cast, gate_gradient, gate_rows
 from svdkern.backends.philox import DROPS_ALL, keep_scale
 from svdkern.backends.table import Shape
+from svdkern.backends.tracing import is_watched
 from svdkern.triton_kernels.configs import Config
 
 log = logging.getLogger("svdkern")
@@ -121,7 +121,7 @@ class TritonBackend(EagerBackend):
     ) -> tuple[Tensor, Tensor]:
         rows, r = math.prod(x.shape[:-1]), u.shape[1]
         empty = not (rows and u.numel() and v.numel())
-        if threshold == DROPS_ALL or empty or _is_watched(x) or not self._serves(x.dtype, r, core):
+        if threshold == DROPS_ALL or empty or is_watched(x) or not self._serves(x.dtype, r, core):
             return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         from svdkern.triton_kernels import configs, forward, launching, linear, pack, shrink
 
@@ -170,7 +170,7 @@ class TritonBackend(EagerBackend):
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
         rows, r = math.prod(dy.shape[:-1]), u.shape[1]
         empty = batched or not (rows and u.numel() and v.numel())
-        if threshold == DROPS_ALL or empty or _is_watched(dy) or not self._serves(dy.dtype, r, core):
+        if threshold == DROPS_ALL or empty or is_watched(dy) or not self._serves(dy.dtype, r, core):
             return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
         from svdkern.triton_kernels import backward, launching, pack
 
@@ -240,11 +240,6 @@ def _outputs(
     if want.gate:
         outs["gate"] = dy.new_empty(rows, r, dtype=torch.float32)
     return outs
-
-
-def _is_watched(x: Tensor) -> bool:
-    """Whether x is a tensor that need not have memory (a fake one), or a mode records which operators run (make_fx)."""
-    return (type(x) is not Tensor and type(x) is not Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _rows(x: Tensor) -> Tensor:
