@@ -19,8 +19,8 @@ from svdkern import doctor
 from svdkern.backends import cuda, dispatch, gpu_choice
 
 DEVICE = torch.device("cuda", 0)
-SMALL = {"m": 1024, "k": 2048, "n": 2048, "r": 64}
-LARGE = {"m": 8192, "k": 4096, "n": 4096, "r": 16}
+SMALL = {"m": 1024, "k": 4096, "n": 4096, "r": 64}
+LARGE = {"m": 2048, "k": 4096, "n": 4096, "r": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +59,7 @@ def chosen(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "layer", [SMALL, LARGE, SMALL | {"m": 2048}, SMALL | {"r": 1}, LARGE | {"threshold": 1}], ids=str
-)
+@pytest.mark.parametrize("layer", [SMALL, LARGE, SMALL | {"m": 2}, SMALL | {"r": 1}, LARGE | {"threshold": 1}], ids=str)
 def test_layers_of_small_rank_take_the_cuda_kernels(layer: dict[str, int], dtype: torch.dtype) -> None:
     assert chosen(**layer, dtype=dtype) == "cuda"
 
@@ -69,7 +67,7 @@ def test_layers_of_small_rank_take_the_cuda_kernels(layer: dict[str, int], dtype
 @pytest.mark.parametrize(
     "layer",
     [
-        SMALL | {"r": 65}, SMALL | {"r": 0}, SMALL | {"m": 2050}, LARGE | {"r": 17}, SMALL | {"dtype": torch.float32},
+        SMALL | {"r": 65}, SMALL | {"r": 0}, SMALL | {"m": 1026}, LARGE | {"r": 17}, LARGE | {"m": 2050}, SMALL | {"dtype": torch.float32},
         SMALL | {"dtype": torch.float64}, SMALL | {"requested": "eager"},
     ],
     ids=str,
@@ -124,8 +122,7 @@ def test_doctor_says_which(gpu: pytest.MonkeyPatch) -> None:
 
 def test_warmup_runs_the_layers_that_take_kernels(gpu: pytest.MonkeyPatch) -> None:
     layer = svdkern.SVDLinear(32, 48, 4, dtype=torch.bfloat16)
-    gpu.setattr(gpu_choice, "SMALL_WORK", 32 * 48 * 1024)
-    gpu.setattr(gpu_choice, "MOST_RANK_LARGE", 3)
+    gpu.setattr(gpu_choice, "LIMITS", ((32 * 48 * 1024, 4),))
 
     real, ran = dispatch.choose_path, list[int]()
 

@@ -15,19 +15,18 @@ from svdkern.backends.table import Shape
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
-SMALL_WORK = 1 << 33
-"""Up to this M K N what the host does for a call takes longer than the GPU, and one operator is the least there is."""
+LIMITS = ((1 << 34, 64), (1 << 35, 16))
+"""Largest M K N, and largest rank up to there. So far the host's part of a call takes longer than the GPU's, and one operator is
+the least there is; the ranks are those that were measured. Beyond, eager is as fast or faster."""
 
-MOST_RANK, MOST_RANK_LARGE = 64, 16
-"""Largest ranks that were measured and won: of layers up to SMALL_WORK, and of larger ones."""
-
-RULE = f"r <= {MOST_RANK} and M K N <= 2^{SMALL_WORK.bit_length() - 1}, or r <= {MOST_RANK_LARGE}"
+RULE = " or ".join(f"M K N <= 2^{work.bit_length() - 1} and r <= {rank}" for work, rank in LIMITS)
 
 
 def takes_cuda(shape: Shape, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a layer of this shape takes the CUDA kernels."""
-    small = shape.M * shape.K * shape.N <= SMALL_WORK
-    return 1 <= shape.r <= (MOST_RANK if small else MOST_RANK_LARGE) and may_take_cuda(device, dtype)
+    product = shape.M * shape.K * shape.N
+    inside = shape.r > 0 and any(product <= work and shape.r <= rank for work, rank in LIMITS)
+    return inside and may_take_cuda(device, dtype)
 
 
 def may_take_cuda(device: torch.device, dtype: torch.dtype) -> bool:
