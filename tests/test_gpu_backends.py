@@ -207,3 +207,19 @@ def test_a_device_that_is_not_the_current_one(backend: str) -> None:
     o = cast(scaled(300, 256, 256, 16), torch.bfloat16, (torch.float32,) * 3)
     other = {name: None if t is None else t.to("cuda:1") for name, t in o.items()}
     assert torch.equal(fused(other, backend=backend).cpu(), fused(o, backend=backend).cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_small_layer_takes_the_cuda_kernels_unasked_on_hopper(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.delenv("SVDKERN_BACKEND", raising=False)
+    dispatch.read_environment()
+    o = cast(scaled(64, 512, 384, 16), dtype, (torch.float32,) * 3)
+    unasked = dispatch.choose_path(o["x"], o["v"], None, 0)
+    hopper = torch.cuda.get_device_capability() == (9, 0) and cuda_backend.why_not(o["x"].device, dtype) is None
+    assert unasked.name == ("cuda" if hopper and dtype != torch.float32 else "eager")
+    layer = (o["x"], o["weight"], o["u"], o["sigma"], o["v"])
+    assert torch.equal(svd_linear(*layer), svd_linear(*layer, backend=unasked.name))
+    monkeypatch.undo()
+    dispatch.read_environment()

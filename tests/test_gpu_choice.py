@@ -67,8 +67,8 @@ def test_layers_of_small_rank_take_the_cuda_kernels(layer: dict[str, int], dtype
 @pytest.mark.parametrize(
     "layer",
     [
-        SMALL | {"r": 65}, SMALL | {"r": 0}, SMALL | {"m": 1026}, LARGE | {"r": 17}, LARGE | {"m": 2050}, SMALL | {"dtype": torch.float32},
-        SMALL | {"dtype": torch.float64}, SMALL | {"requested": "eager"},
+        SMALL | {"r": 65}, SMALL | {"r": 0}, SMALL | {"m": 1026}, LARGE | {"r": 17}, LARGE | {"m": 2050},
+        SMALL | {"dtype": torch.float32}, SMALL | {"dtype": torch.float64}, SMALL | {"requested": "eager"},
     ],
     ids=str,
 )  # fmt: skip

@@ -113,15 +113,6 @@ def test_the_penalty_takes_the_kernel_where_it_is_named(monkeypatch: pytest.Monk
     torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_large_layer_takes_these_kernels_unasked_on_hopper(dtype: torch.dtype) -> None:
-    o = cast(scaled(1024, 2048, 2048, 16), dtype, (torch.float32,) * 3)
-    unasked = dispatch.choose_path(o["x"], o["v"], None, 0)
-    assert unasked.name == ("triton" if torch.cuda.get_device_capability() == (9, 0) else "eager")
-    layer = (o["x"], o["weight"], o["u"], o["sigma"], o["v"])
-    assert torch.equal(svd_linear(*layer), svd_linear(*layer, backend=unasked.name))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [3, 300])
 def test_a_remembered_kernel_gives_what_a_new_launch_does(
