@@ -15,10 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCES = (
-    "csrc/cuda/linear.cu", "csrc/cuda/small_linear.cu", "csrc/cuda/outer.cu", "csrc/cuda/shrink.cu", "csrc/cuda/small_shrink.cu",
-    "csrc/cuda/pack.cu",
-)  # fmt: skip  # the longest first
+SOURCES = tuple(
+    f"csrc/cuda/{name}.cu" for name in ("forward", "linear", "small_linear", "outer", "shrink", "small_shrink", "pack")
+)  # the longest first
 OPERATORS = "csrc/cuda/ops.cpp"
 ARCHS = "80 90+ptx 100 120"
 OLDEST = (12, 8)  # the first nvcc that knows sm_100 and sm_120

@@ -378,6 +378,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(svdkern, m) {
       "_cuda_small_linear(Tensor a, Tensor? w, Tensor? sums, Tensor? factor, Tensor? sigma, Tensor? core, "
       "Tensor? gate, bool gate_first, Tensor? scale, float scale_value, Tensor? bias, Tensor? rng_state, "
       "int threshold, Tensor(a!)? h, Tensor(b!)? z, Tensor(c!) out, Tensor(d!)? partial, Tensor(e!)? counters) -> ()");
+  m.def(
+      "_cuda_forward(Tensor x, Tensor columns, int r, Tensor? sigma, Tensor? core, Tensor? gate, Tensor? scale, "
+      "float scale_value, Tensor? rng_state, int threshold, Tensor w, Tensor rows, Tensor? bias, Tensor(a!) h, "
+      "Tensor(b!) z, Tensor(c!) control, Tensor(d!) y) -> bool");
   m.def("_cuda_probe(Tensor on) -> str");
   m.def("_cuda_build() -> str");
   m.def("_cpu_isa() -> str");

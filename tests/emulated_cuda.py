@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ptx_emulator
 import pytest
@@ -67,11 +68,12 @@ class CudaEmulation:
     ptx: dict[str, str] = field(default_factory=dict)  # by kernel: to run instead of its own
     scale_on_host: bool = False  # on a GPU it is a buffer of the layer as a rule
     processors: int = 3
+    shared: int = 227 << 10  # that a CTA may ask for: of sm_90; 163 KB of sm_80, 99 KB of sm_86, sm_89 and sm_120
     statistics: dict[str, ptx_emulator.Statistics] | None = None  # by kernel, where somebody counts
     record: Callable[[str, object], None] | None = None  # pytest's record_property
     launches: list[cuda.Launch] = field(default_factory=list)
 
-    def call(self, name: str, *arguments: object) -> None:
+    def call(self, name: str, *arguments: object) -> Any:
         """torch.ops.svdkern._cuda_{name}(*arguments)."""
         operator = getattr(torch.ops.svdkern, f"_cuda_{name}").default
         tensors = {
@@ -81,7 +83,8 @@ class CudaEmulation:
         }
         memory = [tensor for tensor, _ in tensors.values()]
         read_only = [tensor for tensor, written in tensors.values() if not written]
-        write_only = [t for name, (t, written) in tensors.items() if written and name not in BETWEEN]
+        between = (*BETWEEN, "z") if name == "forward" else BETWEEN  # there one tile's z is what another reads
+        write_only = [t for of, (t, written) in tensors.items() if written and of not in between]
 
         def run(launch: cuda.Launch) -> None:
             start = time.perf_counter()
@@ -95,8 +98,9 @@ class CudaEmulation:
                 took = {"kernel": launch.kernel, "seconds": round(time.perf_counter() - start, 3)}
                 self.record("launch", took | {"arch": cuda.ARCH, "mode": self.mode, "seed": self.seed})
 
+        library().device(self.processors, self.shared)
         with library().launches(run):
-            operator(*arguments)
+            return operator(*arguments)
 
 
 @contextlib.contextmanager

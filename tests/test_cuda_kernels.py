@@ -24,9 +24,9 @@ MODES = ["late", "race", "adversarial 0", "adversarial 1", "adversarial 2", "adv
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def emulated(mode: str, record: Callable[[str, object], None] | None = None) -> CudaEmulation:
+def emulated(mode: str, record: Callable[[str, object], None] | None = None, **device: int) -> CudaEmulation:
     name, _, seed = mode.partition(" ")
-    return CudaEmulation(mode=name, seed=int(seed or 0), record=record)
+    return CudaEmulation(mode=name, seed=int(seed or 0), record=record, **device)
 
 
 def unset(*shape: int, dtype: torch.dtype = F32) -> Tensor:

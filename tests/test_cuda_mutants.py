@@ -24,7 +24,7 @@ from torch import Tensor
 pytestmark = [pytest.mark.emulator, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 BF16 = torch.bfloat16
-SEEDS = range(5)
+SEEDS = range(12)  # every adversary twice
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def run_outer(how: CudaEmulation) -> list[Tensor]:
 
 
 def run_linear(how: CudaEmulation) -> list[Tensor]:
-    """Both orientations of w: two tiles each way, five steps of K over three stages and the adapter's before them, dropout."""
-    m, k, n, r = 70, 264, 72, 17
+    """Both orientations of w: two tiles each way, seven steps of K over four stages and the adapter's before them, dropout."""
+    m, k, n, r = 70, 392, 72, 17
     generator = torch.Generator().manual_seed(4)
     a, w = torch.randn(m, k, generator=generator).to(BF16), torch.randn(n, k, generator=generator).to(BF16)
     z, factor = (torch.randn(size, 32, generator=generator).to(BF16) for size in (m, n))
@@ -115,7 +115,24 @@ def run_small_linear(how: CudaEmulation) -> list[Tensor]:
     return outs
 
 
+def run_forward(how: CudaEmulation) -> list[Tensor]:
+    """Two row groups of two z-tiles each and three y-tiles, five steps of K over three stages, then two; tails of rows, columns
+    and K. Of the ten tiles six CTAs begin with one; no more than four of these are resident under an adversary."""
+    generator, outs = torch.Generator().manual_seed(5), []
+    how.processors = 3
+    for m, k, n, r in ((250, 264, 264, 3), (136, 72, 332, 3)):
+        draw = lambda *shape: torch.randn(shape, generator=generator).to(BF16)  # noqa: E731
+        x, w, columns, rows = draw(m, k), draw(n, k), draw(16, k), draw(n, 16)
+        columns[r:], rows[:, r:] = 0, 0
+        h, z, y = unset(m, r), unset(m, 16, dtype=BF16), unset(m, n, dtype=BF16)
+        assert how.call("forward", x, columns, r, None, None, None, None, 1.0, None, 0, w.t(), rows, None, h, z,
+                        torch.zeros(3, dtype=torch.int32), y)  # fmt: skip
+        outs += [h, z, y]
+    return outs
+
+
 RUNS = {
+    "forward.cu": ("forward_kernel", run_forward),
     "pack.cu": ("pack_kernel", run_pack),
     "shrink.cu": ("shrink_kernel", run_shrink),
     "outer.cu": ("outer_kernel", run_outer),
@@ -136,42 +153,42 @@ MUTANTS = {
         "pack.cu", "if (row0 + row < f.length && ", "if (", "bits BadAddress"),
     "pack: the second factor begins a tile late": Mutant("pack.cu", "blockIdx.x - first :", "blockIdx.x - first + 1 :", "bits"),
     "pack: a counter is left over": Mutant("pack.cu", "i < p.counters; i", "i < p.counters - 1; i", "bits"),
-    # shrink.cu: the pipeline
+    # shrink_tile.h: the pipeline
     "shrink: no barrier in the main loop": Mutant(
-        "shrink.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+        "shrink_tile.h", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
     "shrink: a copy is waited for one group late": Mutant(
-        "shrink.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
+        "shrink_tile.h", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
         "StillInFlight Uninitialised", "late"),
     "shrink: the stage that is read is one off": Mutant(
-        "shrink.cu", "unsigned char* stage = shared + step % S::stages * S::stage_bytes;\n    if",
+        "shrink_tile.h", "unsigned char* stage = shared + step % S::stages * S::stage_bytes;\n    if",
         "unsigned char* stage = shared + (step + 1) % S::stages * S::stage_bytes;\n    if", "bits Uninitialised"),
     "shrink: one stage too few for the copies": Mutant(
-        "shrink.cu", "unsigned char* stage = shared + step % S::stages * S::stage_bytes;\n      copy",
+        "shrink_tile.h", "unsigned char* stage = shared + step % S::stages * S::stage_bytes;\n      copy",
         "unsigned char* stage = shared + step % (S::stages - 1) * S::stage_bytes;\n      copy", "bits Race Uninitialised"),
     "shrink: the stages are overwritten with sums before all have read them": Mutant(
-        "shrink.cu", "__syncthreads();  // the stages are free", "", "Race", "race"),
+        "shrink_tile.h", "__syncthreads();  // the stages are free", "", "Race", "race"),
     "shrink: no barrier between the sums and who reads them": Mutant(
-        "shrink.cu", "  __syncthreads();\n}\n", "}\n", "Race Uninitialised", "race"),
-    # shrink.cu: tails, splits, dropout
+        "shrink_tile.h", "  __syncthreads();\n}\n", "}\n", "Race Uninitialised", "race"),
+    # shrink: tails, splits, dropout
     "shrink: the tail of the rows is not masked": Mutant(
-        "tile.h", "row0 + row < from.rows ? max(", "true ? max(", "BadAddress"),
+        "tile.h", "i * apart < rows ? left", "true ? left", "BadAddress"),
     "shrink: the tail of K is not masked": Mutant(
         "tile.h", "min(from.columns - column, per_chunk<T>)", "min(from.columns - column + 1, per_chunk<T>)", "bits BadAddress"),
     "shrink: the last steps of K belong to no split": Mutant(
         "shrink.cu", "each = ceil_div(all, p.splits.splits)", "each = all / p.splits.splits", "bits"),
-    "shrink: a split is summed twice": Mutant("shrink.cu", "blockIdx.z * each, steps", "blockIdx.z * (each - 1), steps", "bits"),
+    "shrink: a split is summed twice": Mutant("shrink.cu", "blockIdx.z * each;", "blockIdx.z * (each - 1);", "bits"),
     "shrink: the mask is that of the tile's own rows": Mutant(
         "tile.h", "philox.drop<T>(elements, row0 + row,", "philox.drop<T>(elements, row,", "bits"),
     "shrink: the mask is that of the split's own columns": Mutant(
-        "shrink.cu", "(stage, philox, row0, (first + step) *", "(stage, philox, row0, step *", "bits"),
+        "shrink_tile.h", "(stage, philox, row0, (first + step) *", "(stage, philox, row0, step *", "bits"),
     "shrink: the mask comes behind the barrier": Mutant(
-        "shrink.cu", "multiply_tiles<Ranks / 8, T>(acc",
-        "mask_tile<tile_lines, row_chunks, threads, T>(stage, philox, row0, step), multiply_tiles<Ranks / 8, T>(acc",
+        "shrink_tile.h", "multiply_ranks<S::ranks / 8, T>(acc",
+        "mask_tile<S::lines, row_chunks, S::threads, T>(stage, philox, row0, step), multiply_ranks<S::ranks / 8, T>(acc",
         "Race bits", "race"),
     "shrink: six rounds of Philox": Mutant("philox.h", "round < 7", "round < 6", "bits"),
-    "shrink: D has no factor": Mutant("shrink.cu", "acc, p.keep_scale)", "acc, 1.0f)", "bits"),
+    "shrink: D has no factor": Mutant("shrink_tile.h", "acc, p.keep_scale)", "acc, 1.0f)", "bits"),
     "shrink: ranks past r are not zeroed in z": Mutant(
-        "shrink.cu", "rank < p.r ? modulated", "rank < padded(p.r) ? modulated", "BadAddress bits"),
+        "shrink_tile.h", "rank < p.r ? modulated", "rank < padded(p.r) ? modulated", "BadAddress bits"),
     # outer.cu
     "outer: no barrier in the main loop": Mutant(
         "outer.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
@@ -188,28 +205,56 @@ MUTANTS = {
         "outer.cu", "each = ceil_div(all, p.splits.splits)", "each = all / p.splits.splits", "bits"),
     "outer: the stages are overwritten with sums before all have read them": Mutant(
         "outer.cu", "__syncthreads();  // the stages are free", "", "Race", "race"),
-    # linear.cu
-    "linear: no barrier in the main loop": Mutant(
-        "linear.cu", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
-    "linear: a copy is waited for one group late": Mutant(
-        "linear.cu", "cp_async_wait_group<S::stages - 2>", "cp_async_wait_group<S::stages - 1>",
+    # linear_tile.h: the pipeline
+    "linear: no barrier between the steps of K": Mutant(
+        "linear_tile.h", "__syncthreads(); // it has come", "// it has come", "Race Uninitialised StillInFlight", "race"),
+    "linear: no barrier before the first step of K": Mutant(
+        "linear_tile.h", "__syncthreads(); // the first step", "// the first step", "Race Uninitialised StillInFlight", "race"),
+    "linear: no barrier between the last steps": Mutant(
+        "linear_tile.h", "__syncthreads(); // this step", "// this step", "Race Uninitialised StillInFlight", "race"),
+    "linear: a copy of K is waited for one group late": Mutant(
+        "linear_tile.h", "cp_async_wait_group<S::stages - 3>", "cp_async_wait_group<S::stages - 2>",
         "StillInFlight Uninitialised", "late"),
-    "linear: the mask falls on K's sums too": Mutant(
-        "linear.cu", "step == first - 1)", "step == first)", "bits"),
+    "linear: a copy of the last steps is waited for one group late": Mutant(
+        "linear_tile.h", "cp_async_wait_group<S::stages - 2>();\n    __syncthreads(); // this step",
+        "cp_async_wait_group<S::stages - 1>();\n    __syncthreads(); // this step", "StillInFlight Uninitialised", "late"),
+    "linear: a copy of the first step of K is waited for one group late": Mutant(
+        "linear_tile.h", "cp_async_wait_group<S::stages - 2>();\n  __syncthreads(); // the first step",
+        "cp_async_wait_group<S::stages - 1>();\n  __syncthreads(); // the first step", "StillInFlight Uninitialised", "late"),
+    "linear: copies over the stage that is read": Mutant(
+        "linear_tile.h", "of_base<k, S::slices>(step + S::stages - 1)", "of_base<k, S::slices>(step + S::stages)",
+        "Race bits Uninitialised", "race"),
+    "linear: the next slice over the one that is multiplied": Mutant(
+        "linear_tile.h", "slices[(k + 1) % 2]", "slices[k % 2]", "bits Uninitialised"),
+    "linear: the first slice of the step before": Mutant(
+        "linear_tile.h", "slices[0], (step + 1) % S::stages", "slices[0], step % S::stages", "bits"),
+    "linear: chunks added instead of permuted": Mutant(
+        "linear_tile.h", "+ stage) ^ (j << 5)", "+ stage) + (j << 5)",
+        "bits Uninitialised"),
+    "linear: a quarter of a copy is left out": Mutant(
+        "tile.h", "count * (Part + 1) / Parts;", "count * (Part + 1) / Parts - (Part == 2);",
+        "bits Uninitialised"),
+    "linear: rows that are copied lie half as far apart": Mutant(
+        "tile.h", "to + i * apart * row_bytes", "to + i * apart / 2 * row_bytes", "bits Uninitialised Race"),
+    # linear_tile.h: the adapter, tails
+    "linear: the mask falls before the adapter's last step": Mutant(
+        "linear_tile.h", "copies, 0, copies.first, at", "copies, 0, copies.first - 1, at", "bits"),
+    "linear: K begins with the adapter's last step again": Mutant(
+        "linear_tile.h", "int step = copies.first;", "int step = copies.first - (copies.first > 0);", "bits"),
     "linear: the adapter's step is K's first again": Mutant(
-        "linear.cu", "step < first ? step : step - base) * S::depth;\n        copy", "step - base) * S::depth;\n        copy",
-        "bits BadAddress"),
-    "linear: one slice of R too few": Mutant("linear.cu", "(R - rank) / slice)", "(R - rank) / slice - 1)", "bits"),
+        "linear_tile.h", "step < first ? step : step - base)", "step - base)", "bits BadAddress"),
+    "linear: one slice of R too few": Mutant(
+        "linear_tile.h", "copies.rank(step)) / S::slice)", "copies.rank(step)) / S::slice - 1)", "bits"),
     "linear: the steps of K begin a step early": Mutant(
-        "linear.cu", "k = (step - first) *", "k = (step - first - 1) *", "bits BadAddress"),
+        "linear_tile.h", "k = (step - first) *", "k = (step - first - 1) *", "bits BadAddress"),
     "linear: a panel of w is one off": Mutant(
-        "linear.cu", "column0 + i * S::panel);", "column0 + (i + 1) * S::panel);", "bits"),
+        "linear_tile.h", "w, k, column0 + i * S::panel", "w, k, column0 + (i + 1) * S::panel", "bits"),
     "linear: the words of a quad go to the wrong lane": Mutant("philox.h", "pick(got, t ^ j)", "pick(got, j)", "bits"),
-    "linear: rows past the last are stored": Mutant("linear.cu", "if (row >= p.rows) break;", "", "BadAddress"),
+    "linear: rows past the last are stored": Mutant("linear_tile.h", "if (row >= p.rows) break;", "", "BadAddress"),
     "linear: columns past the last are stored": Mutant(
-        "linear.cu", "aligned && column + per_chunk<T> <= p.columns", "aligned && column < p.columns + 8", "BadAddress bits"),
+        "linear_tile.h", "aligned && column + per_chunk<T> <= p.columns", "aligned && column < p.columns + 8", "BadAddress bits"),
     "linear: no barrier between the sums and the store": Mutant(
-        "linear.cu", "  __syncthreads();\n  const bool aligned", "  const bool aligned", "Race Uninitialised", "race"),
+        "linear_tile.h", "  __syncthreads();\n  const bool aligned", "  const bool aligned", "Race Uninitialised", "race"),
     "linear: tiles beyond a group of rows": Mutant(
         "params.h", "first + within % rows", "first + within % height", "bits BadAddress"),
     # small_shrink.cu
@@ -261,6 +306,31 @@ MUTANTS = {
         "small_linear.cu", "row0 + row < from.rows ? left", "true ? left", "BadAddress"),
     "small_linear: h is written by no tile": Mutant(
         "small_linear.cu", "p.h && blockIdx.x == 0", "p.h && blockIdx.x == 1000", "bits"),
+    # forward.cu, flags.h: what stands between tiles
+    "forward: no barrier before the release": Mutant(
+        "flags.h", "__syncthreads(); // all of the CTA's stores", "// all of the CTA's stores", "bits", "adversarial"),
+    "forward: the counter releases nothing": Mutant("ptx/flag.h", "red.release.gpu", "red.relaxed.gpu", "bits", "adversarial"),
+    "forward: the look acquires nothing": Mutant("ptx/flag.h", "ld.acquire.gpu", "ld.relaxed.gpu", "bits", "adversarial"),
+    "forward: nobody looks before the last step but the stages": Mutant(
+        "linear_tile.h", "if (step == to - 1) awaited.look();", "", "bits", "adversarial"),
+    "forward: nobody looks where there are few steps": Mutant(
+        "linear_tile.h", "    awaited.look();\n    __syncthreads();", "    __syncthreads();", "bits", "adversarial"),
+    "forward: no barrier behind the look of one thread": Mutant(
+        "linear_tile.h", "__syncthreads(); // one thread looked", "", "bits", "adversarial"),
+    "forward: a y-tile waits for one z-tile too few": Mutant(
+        "forward.cu", "{counters + group, of_z}", "{counters + group, of_z - 1}", "bits", "adversarial"),
+    "forward: a z-tile raises the next group's counter": Mutant(
+        "forward.cu", "publish(counters + group);", "publish(counters + (group + 1) % row_groups);", "bits", "adversarial"),
+    "forward: tiles by an order of the CTAs, of which not all are there": Mutant(
+        "forward.cu", """int next = 0;
+  const auto draw = [&] { next = ptx::atom_add_relaxed_gpu(ticket, 1, threadIdx.x == 0); };""", """int next = 0, round = 0;
+  const auto draw = [&] { next = round++ * gridDim.x + blockIdx.x; };""", "EndlessLoop Deadlock", "adversarial"),
+    "forward: no barrier behind the ticket": Mutant(
+        "forward.cu", "__syncthreads(); // the ticket is there", "//", "Race bits Uninitialised", "race"),
+    "forward: K's copies go on over the adapter's": Mutant(
+        "linear_tile.h", "copies.base - (S::stages - 1) : 0", "copies.base - (S::stages - 2) : 0", "bits"),
+    "forward: rows past the last are stored": Mutant(
+        "shrink_tile.h", "if (row < p.rows && rank < padded(p.r))", "if (rank < padded(p.r))", "BadAddress"),
     # splits.h: what stands between CTAs
     "splits: the counter releases nothing": Mutant(
         "ptx/atom.h", "atom.acq_rel.gpu", "atom.relaxed.gpu", "bits", "adversarial"),
@@ -296,15 +366,14 @@ def mutated(mutant: Mutant, main: str) -> str:
     path.write_text(text.replace(sound, mutant.damaged))
     only_bf16 = re.sub(r"case DType::f(?:16|32):\n\s*return what\(\w+\(\)\);", "", (folder / "element.h").read_text())
     (folder / "element.h").write_text(only_bf16)
-    source = folder / main
-    source.write_text(
-        re.sub(
-            r"if \(p\.r <= (?:32|64)\) return .*;|return launch_as<T, \w+_ranks>.*;|return launch_as<T, 128, 128>.*;"
-            r"|if \(p\.rows <= 16\) .*;|return launch_as<T, small_rows>.*;",
-            "",
-            source.read_text(),
-        )
+    fewer = (
+        r"if \((?:p\.linear\.)?r <= (?:32|64)\) return .*;|return what\(\S+ tile_ranks>\(\)\);|"
+        r"return launch_\w+<T, .*\b(?:128, 256|128, 128|256|tile_ranks)>.*;|"
+        r"if \(p\.rows <= 16\) .*;|return launch_as<T, small_rows>.*;"
     )
+    for name in (main, "launch.h"):
+        (folder / name).write_text(re.sub(fewer, "", (folder / name).read_text()))
+    source = folder / main
     return cuda.compile_ptx(source)
 
 

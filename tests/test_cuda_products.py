@@ -80,11 +80,13 @@ def outer(case: dict, how: CudaEmulation) -> tuple[Tensor, ...]:
     return out, formula(lambda t: t.double()), formula(lambda t: t.double().abs()), formula(lambda t: t.to(dtype))
 
 
-def check(run: Callable[..., tuple[Tensor, ...]], case: dict, dtype: torch.dtype, record: object = None) -> None:
-    got, *reference = run(case, emulated(case["mode"], record))  # type: ignore[arg-type]
+def check(
+    run: Callable[..., tuple[Tensor, ...]], case: dict, dtype: torch.dtype, record: object = None, **device: int
+) -> None:
+    got, *reference = run(case, emulated(case["mode"], record, **device))  # type: ignore[arg-type]
     if case["mode"] != "race":  # that is the plain schedule, watched
         torch.manual_seed(0)
-        plain, *_ = run(case, CudaEmulation())
+        plain, *_ = run(case, CudaEmulation(**device))
         assert torch.equal(plain.double().nan_to_num(1e300), got.double().nan_to_num(1e300)), (
             f"other bits under {case['mode']}"
         )
@@ -179,28 +181,50 @@ def test_more_of_linear(case: dict) -> None:
     check(linear, case, case["dtype"])
 
 
+LARGE_LINEAR = {"dtype": [BF16, F16], "shape": [(120, 456, 250), (100, 328, 120), (130, 72, 256)],
+                "r": [None, 17, 100], "w": ["rows", "columns"], "layout": ["plain", "strided"], "out": ["plain", "odd"],
+                "bias": [True], "dropout": [0.0, 0.1], "mode": ["late", "race", "adversarial 3"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", cover(LARGE_LINEAR), ids=case_name)
+def test_large_tiles_of_linear_are_right(case: dict, record_property: Callable[[str, object], None]) -> None:
+    check(linear, case, case["dtype"], record_property, processors=1)
+
+
 @pytest.mark.parametrize("w", ["rows", "columns"])
 @pytest.mark.parametrize(
-    ("shape", "threads"), [((32, 456, 40), 64), ((33, 40, 40), 128), ((64 * 128 - 5, 40, 33), 256)]
+    ("shape", "processors", "shared", "threads"),
+    [
+        ((33, 40, 40), 1, 227, 128),
+        ((128, 40, 256), 1, 227, 256),
+        ((128, 40, 256), 1, 163, 256),
+        ((128, 40, 256), 1, 99, 128),
+        ((128, 40, 256), 4, 227, 128),
+    ],
 )
-def test_tiles_of_linear(shape: tuple[int, int, int], threads: int, w: str) -> None:
-    """Up to 32 rows narrow ones, from 64 of them on wide ones."""
-    if threads == 256 and w == "columns":
-        shape = (33, 40, shape[0])
+def test_tiles_of_linear(shape: tuple[int, int, int], processors: int, shared: int, threads: int, w: str) -> None:
+    """Those by which all processors are through first, of what shared memory allows."""
     case = {
-        "dtype": BF16,
-        "shape": shape,
-        "r": 3,
-        "w": w,
-        "layout": "plain",
-        "out": "plain",
-        "bias": True,
-        "dropout": 0.1,
-    }
-    how = CudaEmulation(mode="late")
+        "dtype": BF16, "shape": shape, "r": 3, "w": w, "layout": "plain", "out": "plain", "bias": True, "dropout": 0.1,
+    }  # fmt: skip
+    how = CudaEmulation(mode="late", processors=processors, shared=shared << 10)
     got, *reference = linear(case, how)
     assert how.launches[0].threads == threads
     assert_accurate([got], *([t] for t in reference), BF16, ("out",))
+
+
+@pytest.mark.parametrize("change", ["a", "w", "z"])
+def test_large_tiles_take_whole_chunks_alone(change: str) -> None:
+    """Rows that do not begin at multiples of 16 bytes go to the small tiles, which copy what they can."""
+    a, w, z, factor = (torch.randn(size, dtype=BF16) for size in ((128, 40), (256, 40), (128, 16), (256, 16)))
+    odd = {"a": a, "w": w, "z": z}[change]
+    memory = torch.empty(odd.numel() + 1, dtype=BF16)
+    shifted = memory[1:].view(odd.shape).copy_(odd)
+    a, w, z = (shifted if t is odd else t for t in (a, w, z))
+    how, out = CudaEmulation(processors=1), unset(128, 256, dtype=BF16)
+    how.call("linear", a, w.t(), z, factor, 16, None, None, 0, out)
+    assert how.launches[0].shared == 64 << 10
+    assert torch.allclose(out.float(), a.float() @ w.float().t() + z.float() @ factor.float().t(), atol=0.2)
 
 
 def test_a_tile_is_taken_once() -> None:

@@ -162,11 +162,11 @@ void cuda_pack(const Tensor& first, const Tensor& first_out, bool first_rows, co
   check_launch(pack_launch(p, current_stream(first)), "pack");
 }
 
-void cuda_shrink(const Tensor& a, const Tensor& factor, int64_t r, const MaybeTensor& sigma, const MaybeTensor& core,
-                 const MaybeTensor& gate, bool gate_first, const MaybeTensor& scale, double scale_value,
-                 const MaybeTensor& rng_state, int64_t threshold, const MaybeTensor& h, const MaybeTensor& z,
-                 const MaybeTensor& partial, const MaybeTensor& counters) {
-  const Device device{a};
+svdkern::cuda::ShrinkParams shrink_params(const Device& device, const Tensor& a, const Tensor& factor, int64_t r,
+                                          const MaybeTensor& sigma, const MaybeTensor& core, const MaybeTensor& gate,
+                                          bool gate_first, const MaybeTensor& scale, double scale_value,
+                                          const MaybeTensor& rng_state, int64_t threshold, const MaybeTensor& h,
+                                          const MaybeTensor& z) {
   const View left = device.look(a, "a", 2), right = device.look(factor, "factor", 2);
   svdkern::cuda::ShrinkParams p;
   p.rows = small(left.size[0], "the number of rows of a"), p.width = small(left.size[1], "the width of a");
@@ -182,6 +182,16 @@ void cuda_shrink(const Tensor& a, const Tensor& factor, int64_t r, const MaybeTe
   p.by = device.epilogue(sigma, core, gate, gate_first, scale, scale_value, left.size[0], r);
   p.h = static_cast<float*>(device.dense(h, "h", {left.size[0], r}, DType::f32));
   p.z = device.dense(z, "z", {left.size[0], R}, p.dtype);
+  return p;
+}
+
+void cuda_shrink(const Tensor& a, const Tensor& factor, int64_t r, const MaybeTensor& sigma, const MaybeTensor& core,
+                 const MaybeTensor& gate, bool gate_first, const MaybeTensor& scale, double scale_value,
+                 const MaybeTensor& rng_state, int64_t threshold, const MaybeTensor& h, const MaybeTensor& z,
+                 const MaybeTensor& partial, const MaybeTensor& counters) {
+  const Device device{a};
+  auto p = shrink_params(device, a, factor, r, sigma, core, gate, gate_first, scale, scale_value, rng_state, threshold,
+                         h, z);
   p.splits = device.splits(partial, counters, p.rows, p.r);
   check_launch(shrink_launch(p, current_stream(a)), "shrink");
 }
@@ -217,9 +227,10 @@ void take_weight(P& p, const Device& device, const Tensor& w) {
   p.w = v.data, p.w_trans = !down, p.w_stride = v.stride[down];
 }
 
-void cuda_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor& z, const MaybeTensor& factor, int64_t r,
-                 const MaybeTensor& bias, const MaybeTensor& rng_state, int64_t threshold, const Tensor& out) {
-  const Device device{a};
+svdkern::cuda::LinearParams linear_params(const Device& device, const Tensor& a, const MaybeTensor& w,
+                                          const MaybeTensor& z, const MaybeTensor& factor, int64_t r,
+                                          const MaybeTensor& bias, const MaybeTensor& rng_state, int64_t threshold,
+                                          const Tensor& out) {
   const View left = device.look(a, "a", 2), to = device.look(out, "out", 2);
   svdkern::cuda::LinearParams p;
   p.rows = small(left.size[0], "the number of rows of a"), p.depth = small(left.size[1], "the width of a");
@@ -240,6 +251,13 @@ void cuda_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor& z, co
   expect_type(to.dtype, p.dtype, "out", "a");
   STD_TORCH_CHECK(to.stride[1] == 1 || p.columns == 1, "the rows of out must be contiguous");
   p.out = const_cast<void*>(to.data), p.out_stride = to.stride[0];
+  return p;
+}
+
+void cuda_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor& z, const MaybeTensor& factor, int64_t r,
+                 const MaybeTensor& bias, const MaybeTensor& rng_state, int64_t threshold, const Tensor& out) {
+  const Device device{a};
+  const auto p = linear_params(device, a, w, z, factor, r, bias, rng_state, threshold, out);
   check_launch(linear_launch(p, current_stream(a)), "linear");
 }
 
@@ -309,6 +327,22 @@ void cuda_small_linear(const Tensor& a, const MaybeTensor& w, const MaybeTensor&
   check_launch(small_linear_launch(p, current_stream(a)), "small_linear");
 }
 
+// Whether it is done: else nothing is launched, and shrink and linear are what serves.
+bool cuda_forward(const Tensor& x, const Tensor& columns, int64_t r, const MaybeTensor& sigma, const MaybeTensor& core,
+                  const MaybeTensor& gate, const MaybeTensor& scale, double scale_value, const MaybeTensor& rng_state,
+                  int64_t threshold, const Tensor& w, const Tensor& rows, const MaybeTensor& bias, const Tensor& h,
+                  const Tensor& z, const Tensor& control, const Tensor& y) {
+  const Device device{x};
+  svdkern::cuda::ForwardParams p;
+  p.shrink =
+      shrink_params(device, x, columns, r, sigma, core, gate, false, scale, scale_value, rng_state, threshold, h, z);
+  p.linear = linear_params(device, x, w, z, rows, r, bias, rng_state, 0, y);
+  if (!forward_serves(p.linear)) return false;
+  p.control = device.counters(control, "control", 1 + ceil_div(p.linear.rows, svdkern::cuda::forward_rows));
+  check_launch(forward_launch(p, current_stream(x)), "forward");
+  return true;
+}
+
 std::string cuda_probe(const Tensor& on) {
   (void)on;
   const cudaError_t error = svdkern::cuda::probe();
@@ -324,5 +358,6 @@ STABLE_TORCH_LIBRARY_IMPL(svdkern, SVDKERN_CUDA_KEY, m) {
   m.impl("_cuda_linear", TORCH_BOX(&cuda_linear));
   m.impl("_cuda_small_shrink", TORCH_BOX(&cuda_small_shrink));
   m.impl("_cuda_small_linear", TORCH_BOX(&cuda_small_linear));
+  m.impl("_cuda_forward", TORCH_BOX(&cuda_forward));
   m.impl("_cuda_probe", TORCH_BOX(&cuda_probe));
 }

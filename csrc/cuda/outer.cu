@@ -2,14 +2,13 @@
 //
 //   a (M, L) row-major, T        q (M, R) T, contiguous        out (L, r), any dtype and strides
 //
-//              64 columns of a       ranks                  CTA: 64 columns of a, up to 128 ranks, one split of M; four
-//              warps
-//            +-----------------+   +-------+                of 16 columns each, all ranks. Both operands are read down
-//            their
-//   M, in    |       s0        |   |  s0   |                columns (ldmatrix.trans); out stays in registers while M
-//   goes by. steps    +-----------------+   +-------+                Stages steps are in shared memory, in panels of
-//   128-byte rows.
-//            |       s1        |   |  s1   |
+// clang-format off
+//              64 columns of a       ranks                CTA: 64 columns of a, up to 128 ranks, one split of M; four
+//            +-----------------+   +-------+              warps of 16 columns each, all ranks. Both operands are read
+//   M, in    |       s0        |   |  s0   |              down their columns (ldmatrix.trans); out stays in registers
+//   steps    +-----------------+   +-------+              while M goes by. Stages steps are in shared memory, in panels
+//            |       s1        |   |  s1   |              of 128-byte rows.
+// clang-format on
 //
 // Dropout masks a tile in shared memory before it is multiplied. Few tiles are cut along M (splits.h), which is the
 // rule: a layer has few columns and many rows. Floor: one read of a, M L numbers. More than 128 ranks read a again,
@@ -136,21 +135,16 @@ __global__ void __launch_bounds__(threads) outer_kernel(const OuterParams p) {
   });
 }
 
-template <class T, int Ranks>
-cudaError_t launch_as(const OuterParams& p, cudaStream_t stream) {
-  const dim3 grid(ceil_div(p.width, tile_lines), ceil_div(p.r, Ranks), p.splits.splits);
-  return launch(outer_kernel<T, Ranks>, grid, threads, Shape<T, Ranks>::shared, p, stream);
-}
-
 }  // namespace
 
 cudaError_t outer_launch(const OuterParams& p, cudaStream_t stream) {
   return by_dtype(p.dtype, [&](auto t) {
-    using T = decltype(t);
-    if (p.r <= 16) return launch_as<T, 16>(p, stream);
-    if (p.r <= 32) return launch_as<T, 32>(p, stream);
-    if (p.r <= 64) return launch_as<T, 64>(p, stream);
-    return launch_as<T, tile_ranks>(p, stream);
+    return by_ranks(p.r, [&](auto ranks) {
+      using T = decltype(t);
+      constexpr int Ranks = decltype(ranks)::value;
+      const dim3 grid(ceil_div(p.width, tile_lines), ceil_div(p.r, Ranks), p.splits.splits);
+      return launch(outer_kernel<T, Ranks>, grid, threads, Shape<T, Ranks>::shared, p, stream);
+    });
   });
 }
 

@@ -149,6 +149,14 @@ struct SmallLinearParams {
   Splits splits;  // of the depth, and with sums one more, the adapter's; partial: (splits, rows, columns)
 };
 
+// y = x w + z V^T + bias with z of shrink, in one launch. linear.keep has no threshold; shrink.splits is one split.
+struct ForwardParams {
+  ShrinkParams shrink;
+  LinearParams linear;
+  int* control = nullptr;  // 1 + ceil(rows / forward_rows) zeros: a ticket, and a counter a row group
+};
+constexpr int forward_rows = 128;
+
 // Whether this GPU and driver run the kernels: cudaErrorInsufficientDriver, cudaErrorNoKernelImageForDevice, ...
 cudaError_t probe();
 cudaError_t pack_launch(const PackParams&, cudaStream_t);
@@ -157,6 +165,8 @@ cudaError_t outer_launch(const OuterParams&, cudaStream_t);
 cudaError_t linear_launch(const LinearParams&, cudaStream_t);
 cudaError_t small_shrink_launch(const SmallShrinkParams&, cudaStream_t);
 cudaError_t small_linear_launch(const SmallLinearParams&, cudaStream_t);
+bool forward_serves(const LinearParams&);  // where it does not, shrink and linear are better, or all that there is
+cudaError_t forward_launch(const ForwardParams&, cudaStream_t);
 
 // Tiles of shrink's and outer's output: ceil(rows or width / tile_lines) * ceil(r / tile_ranks) counters of split sums.
 constexpr int tile_lines = 64, tile_ranks = 128;
@@ -164,8 +174,32 @@ constexpr int tile_lines = 64, tile_ranks = 128;
 // What few rows are, and the columns of a tile of small_linear's output: one counter each where sums are split.
 constexpr int small_rows = 32, small_columns = 64;
 
-// From so many tiles of 128 x 128 on, linear takes them; fewer leave most processors idle, and it takes 64 x 64.
-constexpr int linear_wide_tiles = 64;
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int padded(int r) { return ceil_div(r, 16) * 16; }  // R
+
+// What the device has: processors, and bytes of shared memory that a CTA may ask for.
+struct DeviceLimits {
+  int processors, shared;
+};
+
+// Tiles of linear and forward: 128 x 256, 128 x 128, 64 x 64.
+enum class Tile { wide, square, small };
+constexpr int wide_shared = 144 << 10, square_shared = 96 << 10;
+
+// The tile by which all processors are through first: rounds of a tile each, by the tile's part of 64 x 64 and how well
+// it uses the tensor cores. The large ones copy whole chunks, and not every GPU has their shared memory.
+constexpr Tile linear_tile(int rows, int columns, bool whole_chunks, DeviceLimits of) {
+  const auto rounds = [&](int height, int width) {
+    return ceil_div(ceil_div(rows, height) * ceil_div(columns, width), of.processors);
+  };
+  const int wide = rounds(128, 256) * 16, square = rounds(128, 128) * 9, small = rounds(64, 64) * 3;
+  if (!whole_chunks || of.shared < square_shared) return Tile::small;
+  if (of.shared >= wide_shared && wide <= square && wide <= small) return Tile::wide;
+  return square <= small ? Tile::square : Tile::small;
+}
+
+// Row tiles of a group (tile_place): so many that a round of tiles is about as high as wide.
+__host__ __device__ constexpr int group_height(int tile_columns) { return tile_columns == 256 ? 16 : 8; }
 
 // Where a tile of linear's output lies: groups of `height` row tiles, rows first within a group, so that neighbours in
 // time share a tile of w and a few of a in the L2.
@@ -178,8 +212,5 @@ __host__ __device__ constexpr Place tile_place(int tile, int row_tiles, int colu
   const int within = tile - group * height * column_tiles;
   return {first + within % rows, within / rows};
 }
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-__host__ __device__ constexpr int padded(int r) { return ceil_div(r, 16) * 16; }  // R
 
 }  // namespace svdkern::cuda

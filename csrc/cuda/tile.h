@@ -38,25 +38,32 @@ struct Source {
         aligned((reinterpret_cast<uint64_t>(at) | (stride * sizeof(T))) % 16 == 0) {}
 };
 
-// Starts to copy rows row0 ... and Chunks chunks from column0 on; by cp.async where rows are aligned.
-template <int Rows, int Chunks, int Threads, class T>
+// Starts to copy rows row0 ... and Chunks chunks from column0 on; by cp.async where rows are aligned, which Aligned
+// promises. A thread copies one chunk of every Threads / Chunks-th row. Part: of Parts calls that make a copy, this
+// one.
+template <int Rows, int Chunks, int Threads, bool Aligned = false, int Part = 0, int Parts = 1, class T>
 __device__ inline void copy_tile(unsigned char* tile, const Source<T>& from, int row0, int column0) {
-  static_assert(Rows * Chunks % Threads == 0);
+  constexpr int apart = Threads / Chunks, count = ceil_div(Rows, apart), first = count * Part / Parts;
+  static_assert(count == 1 || (Rows % apart == 0 && apart % 8 == 0));  // a thread's rows have its chunk at one place
+  const int row = threadIdx.x / Chunks, chunk = threadIdx.x % Chunks, column = column0 + chunk * per_chunk<T>;
+  const int left = max(min(from.columns - column, per_chunk<T>), 0), rows = from.rows - row0 - row;
+  const T* at = from.data + (row0 + row) * from.stride + column;
+  unsigned char* to = tile + chunk_offset(row, chunk);
+  if (Rows < apart && row >= Rows) return;
 #pragma unroll
-  for (int i = 0; i < Rows * Chunks / Threads; ++i) {
-    const int place = i * Threads + threadIdx.x, row = place / Chunks, chunk = place % Chunks;
-    const int column = column0 + chunk * per_chunk<T>;
-    const int left = row0 + row < from.rows ? max(min(from.columns - column, per_chunk<T>), 0) : 0;
-    const T* at = from.data + (left ? (row0 + row) * from.stride + column : 0);
-    unsigned char* to = tile + chunk_offset(row, chunk);
-    if (from.aligned) {
-      ptx::cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(to)), at, left * static_cast<int>(sizeof(T)));
+  for (int i = first; i < count * (Part + 1) / Parts; ++i) {
+    const int elements = i * apart < rows ? left : 0;
+    const T* source = at + i * apart * from.stride;  // not looked at where nothing is left
+    unsigned char* place = to + i * apart * row_bytes;
+    if (Aligned || from.aligned) {
+      ptx::cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(place)), source,
+                       elements * static_cast<int>(sizeof(T)));
     } else {
-      Chunk<T> elements;
+      Chunk<T> copied;
 #pragma unroll
       for (int e = 0; e < per_chunk<T>; ++e)
-        if (e < left) elements.element[e] = at[e];
-      *reinterpret_cast<uint4*>(to) = elements.bits;
+        if (e < elements) copied.element[e] = source[e];
+      *reinterpret_cast<uint4*>(place) = copied.bits;
     }
   }
 }

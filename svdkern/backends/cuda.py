@@ -2,8 +2,10 @@
 
     up to 32 rows           forward: small_shrink, small_linear (W is read once, factors as they are): 2 launches
                             backward: small_shrink, small_linear (p, q, dx), outer (dU), outer (dV): 2 to 4
-    more                    forward: pack, shrink (h, and z = s (h sigma | h R) g in its epilogue), linear (y, the adapter as
-                            more steps of one loop): 3
+    more                    forward: pack, then one persistent launch: tiles of h and z, and of y, whose loop has the adapter
+                            as more steps: 2
+                            forward of float32, of small layers, with no or a transposed W, of rows that are not of 16 bytes'
+                            multiples: pack, shrink (h, and z = s (h sigma | h R) g in its epilogue), linear (y): 3
                             backward: pack, shrink (p, q), linear (dx), outer (dU), outer (dV): 3 to 5
     backward                besides: sums over the rows of h and p by PyTorch
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ from svdkern.backends.philox import DROPS_ALL
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)
 LINES, RANKS = 64, 128  # tiles of split sums: csrc/cuda/params.h
+FORWARD_ROWS = 128  # of a row group of the one-launch forward: csrc/cuda/params.h
 MOST_SPLITS = 32
 SPLIT_STEPS = 4  # a split has at least so many steps of 128 bytes
 SMALL_ROWS, SMALL_COLUMNS = 32, 64  # csrc/cuda/params.h
@@ -81,13 +85,13 @@ def _refused(device: torch.device) -> str | None:
     )
 
 
-def call(name: str, *arguments: object) -> None:
+def call(name: str, *arguments: object) -> Any:
     """``torch.ops.svdkern._cuda_{name}``, on the device of the first argument: the one place that launches."""
     first = arguments[0]
     assert isinstance(first, Tensor)
     elsewhere = first.device.index != torch.cuda.current_device()
     with torch.cuda.device(first.device) if elsewhere else contextlib.nullcontext():
-        _operator(name)(*arguments)
+        return _operator(name)(*arguments)
 
 
 @functools.cache
@@ -180,9 +184,15 @@ class CudaBackend(EagerBackend):
             work.small_counters(a.shape[0], a.shape[1], v.shape[0], w, True)
             sums = work.small_shrink(a, u, rng_state, threshold)
             return as_shaped(work.small_linear(a, w, sums, v, by, bias, None, 0, h), x), h
+        w, bias = work.base(w, bias)
+        flags = None if w is None else work.more_counters(1 + -(-a.shape[0] // FORWARD_ROWS))
         work.counters_of(a.shape[0], r, a.shape[1])
         columns, rows = work.pack((u, False), (v, True))
         z = work.new(a.shape[0], _padded(r), dtype=a.dtype)
+        if w is not None and flags is not None:
+            y = work.forward(a, columns, r, by, rng_state, threshold, w, rows, bias, h, z, flags)
+            if y is not None:
+                return as_shaped(y, x), h
         work.shrink(a, columns, r, by, rng_state, threshold, h, z)
         return as_shaped(work.linear(a, w, z, rows, v.shape[0], r, bias, None, 0), x), h
 
@@ -295,19 +305,20 @@ class _Work:
         """Counters for a product of this output and depth, None where it is not split; the last ones asked for are shrink's."""
         self.of_shrink = None
         if self.splits(lines, r, depth) > 1:
-            first = self.counted
-            self.counted += -(-lines // LINES) * -(-r // RANKS)
-            self.of_shrink = slice(first, self.counted)
+            self.of_shrink = self.more_counters(-(-lines // LINES) * -(-r // RANKS))
         return self.of_shrink
+
+    def more_counters(self, count: int) -> slice:
+        """So many more of the counters that pack zeroes."""
+        self.counted += count
+        return slice(self.counted - count, self.counted)
 
     def small_counters(self, rows: int, depth: int, out: int, w: Tensor | None, adapter: bool) -> bool:
         """Splits of small_linear, as many as keep two CTAs a processor, and counters for them; whether there are any."""
         tiles, steps = -(-out // SMALL_COLUMNS), -(-depth * self.like.element_size() // 128)
         base = max(1, min(MOST_SPLITS, -(-steps // SMALL_STEPS), 2 * processors(self.like.device) // tiles))
         splits = (base if w is not None else 0) + adapter
-        first = self.counted
-        self.counted += tiles if splits > 1 else 0
-        self.of_small = splits, slice(first, self.counted) if splits > 1 else None
+        self.of_small = splits, self.more_counters(tiles) if splits > 1 else None
         return splits > 1
 
     def small_shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
@@ -362,9 +373,34 @@ class _Work:
         threshold: int,
     ) -> Tensor:
         y = self.new(a.shape[0], out, dtype=a.dtype)
-        w, bias = self._base(w, bias)
+        w, bias = self.base(w, bias)
         call("linear", a, w, z, factor, r, bias, _state(rng_state, threshold), threshold, y)
         return y
+
+    def forward(
+        self,
+        a: Tensor,
+        columns: Tensor,
+        r: int,
+        by: By,
+        rng_state: Tensor | None,
+        threshold: int,
+        w: Tensor,
+        rows: Tensor,
+        bias: Tensor | None,
+        h: Tensor,
+        z: Tensor,
+        flags: slice,
+    ) -> Tensor | None:
+        """y, and h and z on the way, in one launch; None where shrink and linear serve (params.h: linear_tile)."""
+        sigma, core, gate, _, scale, value = _epilogue(by)
+        assert self.control is not None
+        y = self.new(a.shape[0], rows.shape[0], dtype=a.dtype)
+        done = call(
+            "forward", a, columns, r, sigma, core, gate, scale, value, _state(rng_state, threshold), threshold,
+            w, rows, bias, h, z, self.control[flags], y,
+        )  # fmt: skip
+        return y if done else None
 
     def small_linear(
         self,
@@ -380,7 +416,7 @@ class _Work:
         z: Tensor | None = None,
     ) -> Tensor:
         y, (splits, counted) = self.new(a.shape[0], factor.shape[0], dtype=a.dtype), self.of_small
-        w, bias = self._base(w, bias)
+        w, bias = self.base(w, bias)
         partial = counters = None
         if counted is not None:
             assert self.control is not None
@@ -391,7 +427,7 @@ class _Work:
         )  # fmt: skip
         return y
 
-    def _base(self, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def base(self, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """w and bias as the kernels read them."""
         if w is not None:
             w = cast(w, self.like.dtype)

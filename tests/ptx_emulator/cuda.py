@@ -141,7 +141,12 @@ class Library:
             ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p)
         )
         self._callback = signature(self._launched)  # C keeps the pointer, Python must keep the function
-        ctypes.CDLL(str(path)).emulate_launches(self._callback)
+        self._runtime = ctypes.CDLL(str(path))
+        self._runtime.emulate_launches(self._callback)
+
+    def device(self, processors: int, shared: int) -> None:
+        """What launchers are told of the GPU: its processors, and the bytes of shared memory that a CTA may ask for."""
+        self._runtime.emulate_device(processors, shared)
 
     def _launched(self, name: bytes, geometry: Any, arguments: Any) -> int:
         try:

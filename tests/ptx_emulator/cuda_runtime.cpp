@@ -20,6 +20,7 @@ std::map<const void*, size_t>& granted() {
   return shared;
 }
 constexpr size_t unasked = 48 << 10;
+int processors = 1, most_shared = 227 << 10;  // of the device that there is not
 
 }  // namespace
 
@@ -27,9 +28,27 @@ extern "C" {
 
 __attribute__((visibility("default"))) void emulate_launches(Callback with) { callback = with; }
 
+__attribute__((visibility("default"))) void emulate_device(int with_processors, int with_shared) {
+  processors = with_processors, most_shared = with_shared;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount && attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin)
+    return cudaErrorInvalidValue;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? processors : most_shared;
+  return cudaSuccess;
+}
+
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
   const auto granted_to = granted().find(stub);
-  if (shared > (granted_to == granted().end() ? unasked : granted_to->second)) return cudaErrorInvalidValue;
+  if (shared > static_cast<size_t>(most_shared) ||
+      shared > (granted_to == granted().end() ? unasked : granted_to->second))
+    return cudaErrorInvalidValue;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (callback == nullptr || names().count(stub) == 0) return cudaErrorInvalidDeviceFunction;
@@ -40,6 +59,7 @@ cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arg
 
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
+  if (value > most_shared) return cudaErrorInvalidValue;
   granted()[stub] = static_cast<size_t>(value);
   return cudaSuccess;
 }
