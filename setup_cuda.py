@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = tuple(
-    f"csrc/cuda/{name}.cu" for name in ("forward", "linear", "small_linear", "outer", "shrink", "small_shrink", "pack", "modulate")
+    f"csrc/cuda/{name}.cu"
+    for name in ("forward", "linear", "small_linear", "outer", "shrink", "small_shrink", "pack", "modulate")
 )  # the longest first
 OPERATORS = ("csrc/cuda/ops.cpp", "csrc/cuda/layer_ops.cpp")
 ARCHS = "80 90+ptx 100 120"
