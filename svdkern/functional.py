@@ -206,7 +206,12 @@ _scales: dict[float, Tensor] = {}
 
 def _host_scale(value: float) -> Tensor:
     """A scale that is a number, on the host: remembered, for making one costs more than the checks. Nobody writes to it."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # there a tensor is not what it seems
+    # there a tensor is not what it seems
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return torch.tensor(value, dtype=torch.float32, device="cpu")
     found = _scales.get(value)
     if found is None:

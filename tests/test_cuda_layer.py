@@ -78,7 +78,7 @@ def test_no_launch_that_nobody_wants(rows: int, wanted: str, launches: str) -> N
         assert torch.allclose(got.double(), expected[name], rtol=2**-6, atol=2**-7 * expected[name].abs().max()), name
 
 
-def test_a_forward_is_two_launches_for_few_rows_and_for_large_tiles() -> None:
+def test_the_launches_of_a_forward() -> None:
     for rows, launches in ((9, "small_shrink small_linear"), (M, "pack shrink linear")):
         how = CudaEmulation()
         forward(how, layer(rows))
@@ -107,3 +107,11 @@ def test_what_does_not_fit_is_refused_before_a_launch(run: Callable[[CudaEmulati
     with pytest.raises(RuntimeError, match=message):
         run(how)
     assert not how.launches
+
+
+@pytest.mark.parametrize(("shared", "large"), [(99 << 10, False), (163 << 10, True)])
+def test_few_rows_keep_to_the_shared_memory_that_there_is(shared: int, large: bool) -> None:
+    how = CudaEmulation(processors=30, shared=shared)
+    forward(how, layer(20))
+    of_linear = next(launch for launch in how.launches if launch.kernel == "small_linear_kernel")
+    assert of_linear.shared < shared and (of_linear.shared > 99 << 10) == large

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 
@@ -360,7 +361,7 @@ def test_unknown_backend_lists_them() -> None:
         fused(o, backend="egaer")
 
 
-@pytest.mark.parametrize("first", ["inference", "fake"])
+@pytest.mark.parametrize("first", ["inference", "fake", "grad", "functionalize"])
 def test_a_remembered_scale_serves_a_training_step(first: str) -> None:
     """It must be none that inference mode made, which a backward cannot have, nor one without numbers."""
     functional._scales.clear()
@@ -368,9 +369,14 @@ def test_a_remembered_scale_serves_a_training_step(first: str) -> None:
     if first == "inference":
         with torch.inference_mode():
             svd_linear(x, w, u, None, v, scale=0.375)
-    else:
+    elif first == "fake":
         with FakeTensorMode(allow_non_fake_inputs=True):
             svd_linear(x, w, u, None, v, scale=0.375)
+    elif first == "grad":
+        torch.func.grad(lambda t: svd_linear(t, w, u, None, v, scale=0.375).sum())(x)
+    else:
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # it has no rule for the operators
+            torch.func.functionalize(lambda t: svd_linear(t, w, u, None, v, scale=0.375))(x)
     u.requires_grad_()
     y = svd_linear(x, w, u, None, v, scale=0.375)
     y.sum().backward()

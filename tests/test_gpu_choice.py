@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Iterator
 
@@ -19,8 +20,8 @@ from svdkern import doctor
 from svdkern.backends import cuda, dispatch, gpu_choice
 
 DEVICE = torch.device("cuda", 0)
-SMALL = {"m": 1024, "k": 4096, "n": 4096, "r": 64}
-LARGE = {"m": 2048, "k": 4096, "n": 4096, "r": 16}
+SMALL = {"m": 512, "k": 2048, "n": 2048, "r": 64}
+LARGE = {"m": 2048, "k": 2048, "n": 2048, "r": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cuda, "why_missing", lambda: None)
     monkeypatch.setattr(cuda, "_refused", lambda device: None)
+    monkeypatch.setattr(dispatch, "is_watched", lambda x: False)  # stand-ins are no tensors
     monkeypatch.delenv("SVDKERN_BACKEND", raising=False)
     dispatch.read_environment()
     yield monkeypatch
@@ -67,7 +69,7 @@ def test_layers_of_small_rank_take_the_cuda_kernels(layer: dict[str, int], dtype
 @pytest.mark.parametrize(
     "layer",
     [
-        SMALL | {"r": 65}, SMALL | {"r": 0}, SMALL | {"m": 1026}, LARGE | {"r": 17}, LARGE | {"m": 2050},
+        SMALL | {"r": 65}, SMALL | {"r": 0}, SMALL | {"m": 514}, LARGE | {"r": 17}, LARGE | {"m": 2050},
         SMALL | {"dtype": torch.float32}, SMALL | {"dtype": torch.float64}, SMALL | {"requested": "eager"},
     ],
     ids=str,
@@ -99,12 +101,42 @@ def test_where_the_kernels_cannot_run_it_is_eager_without_a_word(
     assert not caplog.records
 
 
-def test_what_is_chosen_during_a_capture_is_asked_again(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(cuda, "_refused", lambda device: "not now")
-    gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+@pytest.mark.parametrize("capturing", [True, False])
+def test_what_a_driver_says_during_a_capture_is_asked_again(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
+    monkeypatch.undo()
+    says = ["not now", ""]
+    probe = types.SimpleNamespace(default=lambda on: says.pop(0))
+    monkeypatch.setattr(cuda, "_answers", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(
+        cuda.torch, "ops", types.SimpleNamespace(svdkern=types.SimpleNamespace(_cuda_probe=probe, _cuda_build=str))
+    )
+    device = torch.device("cpu", 0)
+    assert "not now" in str(cuda._refused(device))
+    assert (cuda._refused(device) is None) == capturing and len(says) == (0 if capturing else 1)
+
+
+def test_a_choice_for_who_looks_on_is_not_kept(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(dispatch, "is_watched", lambda x: True)
     assert chosen() == "eager"
-    gpu.setattr(cuda, "_refused", lambda device: None)
+    gpu.setattr(dispatch, "is_watched", lambda x: False)
     assert chosen() == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "out", "capability", "expected"),
+    [
+        (2048, 4096, 2048, 9, False), (2049, 4096, 2048, 9, True), (2049, 4096, 2048, 10, True), (2049, 4096, 2048, 8, False),
+        (2049, 4096, 2048, 12, False), (32, 1 << 15, 1 << 15, 9, False), (33, 1 << 15, 1 << 15, 9, True),
+    ],
+)  # fmt: skip
+def test_a_large_product_is_the_librarys_where_its_tensor_cores_are_faster(
+    gpu: pytest.MonkeyPatch, rows: int, width: int, out: int, capability: int, expected: bool
+) -> None:
+    gpu.setattr(cuda, "major", lambda device: capability)
+    assert cuda.by_library(rows, width, out, DEVICE) is expected
 
 
 def test_doctor_says_which(gpu: pytest.MonkeyPatch) -> None:
@@ -157,6 +189,29 @@ def test_a_fake_tensor_takes_operators(backend: str, emulated) -> None:  # type:
         y = fused(o | {"x": x}, backend=backend)
         (dx,) = torch.autograd.grad(y, x, torch.empty_like(y))
     assert how.launches == [] and y.shape == (20, 48) and dx.shape == x.shape
+
+
+def test_a_fake_tensor_on_a_gpu_that_is_not_there_takes_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    dispatch.read_environment()
+    with FakeTensorMode():
+        x, w, u, v = (torch.empty(size, device="cuda") for size in ((20, 32), (48, 32), (32, 4), (48, 4)))
+        assert svdkern.svd_linear(x, w, u, None, v).shape == (20, 48)
+
+
+class Subclass(torch.Tensor):
+    """Of which only PyTorch's operators know what it means."""
+
+
+@pytest.mark.parametrize(("backend", "emulated"), KERNELS)
+def test_a_weight_of_another_class_takes_operators(backend: str, emulated) -> None:  # type: ignore[no-untyped-def]
+    o = cast(operands(20, 32, 48, 4), torch.bfloat16, (torch.float32,) * 3)
+    with emulated() as how:
+        y = fused(o | {"weight": o["weight"].as_subclass(Subclass)}, backend=backend)
+    assert how.launches == []
+    assert torch.equal(y.as_subclass(torch.Tensor), fused(o, backend="eager"))
 
 
 @pytest.mark.parametrize(("backend", "emulated"), KERNELS)

@@ -48,38 +48,15 @@ def test_which_backend_takes_the_kernels(
     if asked is not None:
         environment.setenv("SVDKERN_BACKEND", asked)
     dispatch.read_environment()
-    matrix = a_matrix(device=device, elements=1)
     assert triton_svd.has_same_bits(torch.device(device)) is bits
-    assert triton_svd.takes_products(matrix) is products
-    assert triton_svd.takes_products(a_matrix(device=device, dtype=torch.float64)) is False
+    assert triton_svd.takes_products(a_matrix(device)) is products
+    assert triton_svd.takes_products(a_matrix(device, torch.float64)) is False
 
 
-def a_matrix(
-    device: str = "cuda", dtype: torch.dtype = torch.bfloat16, elements: int = triton_svd.MANY_ELEMENTS
-) -> torch.Tensor:
-    """One that need not fit into memory, nor lie where it says."""
+def a_matrix(device: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """As much of one as the choice looks at."""
     like = types.SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=dtype)
-    like.numel = lambda: elements
     return like  # type: ignore[return-value]
-
-
-def test_products_unasked_are_for_large_matrices_of_16_bits_on_hopper(environment: pytest.MonkeyPatch) -> None:
-    environment.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    dispatch.read_environment()
-    for dtype in (torch.bfloat16, torch.float16):
-        assert triton_svd.takes_products(a_matrix(dtype=dtype))
-        assert not triton_svd.takes_products(a_matrix(dtype=dtype, elements=triton_svd.MANY_ELEMENTS - 1))
-    assert not triton_svd.takes_products(a_matrix(dtype=torch.float32))
-    environment.setattr(triton, "compiles", lambda device: False)
-    assert not triton_svd.takes_products(a_matrix())
-    environment.setattr(triton, "compiles", lambda device: True)
-    for capability in ((8, 0), (8, 9), (10, 0)):
-        environment.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert not triton_svd.takes_products(a_matrix())
-    environment.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    environment.setattr(triton, "why_not", lambda device, dtype: "no triton")
-    assert not triton_svd.takes_products(a_matrix())
-    assert not triton_svd.has_same_bits(torch.device("cuda"))
 
 
 def test_a_machine_that_cannot_compile_goes_on_with_torch(

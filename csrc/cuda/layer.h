@@ -61,10 +61,11 @@ struct LayerBackward {
   bool want_x, want_u, want_sigma, want_v, want_p;
 };
 
-inline PackedFactor packed_rows(const Matrix& f, int r, int size, Workspace& room) {
+// Into the workspace, or where the caller has its place.
+inline PackedFactor packed_rows(const Matrix& f, int r, int size, Workspace& room, bool outside, void* place) {
   PackedFactor p{f.data, f.row_stride, f.col_stride, static_cast<int>(f.rows), f.dtype, true};
   p.out_stride = padded(r);
-  p.out = room.take<char>(f.rows * p.out_stride * size);
+  p.out = outside ? place : room.take<char>(f.rows * p.out_stride * size);
   return p;
 }
 
@@ -115,7 +116,7 @@ inline float* sums_in(const ShrinkParams& s, Workspace& room) {
   return room.take<float>(static_cast<int64_t>(small_slices_of(s.rows, s.width, s.r)) * s.rows * s.r);
 }
 
-// Counters come last in the workspace, and are as many as were taken: what is asked for twice is the same both times.
+// Counters lie together, as many as are taken: what is asked for twice is the same both times.
 template <class Take>
 inline Counters counters_in(Workspace& room, Take take) {
   Workspace nothing(nullptr);
@@ -138,11 +139,9 @@ inline cudaError_t run_layer(LayerForward l, Workspace& room, int processors, cu
     return run_few(s, l.linear, l.u, l.v, splits, sums, counters, stream);
   }
   PackParams pack;
-  pack.factors[0] = packed_columns(l.u, s.r, size, room), pack.factors[1] = packed_rows(l.v, s.r, size, room);
-  if (l.outside)
-    pack.factors[1].out = l.factor;
-  else
-    s.z = room.take<char>(static_cast<int64_t>(s.rows) * padded(s.r) * size);
+  pack.factors[0] = packed_columns(l.u, s.r, size, room),
+  pack.factors[1] = packed_rows(l.v, s.r, size, room, l.outside, l.factor);
+  if (!l.outside) s.z = room.take<char>(static_cast<int64_t>(s.rows) * padded(s.r) * size);
   int* tickets = nullptr;
   const Counters counters = counters_in(room, [&](Workspace& in, Counters& c) {
     tickets = c.take(1 + ceil_div(s.rows, forward_rows));
@@ -170,12 +169,10 @@ inline cudaError_t run_layer(LayerBackward l, Workspace& room, int processors, c
   float* sums = few ? sums_in(s, room) : nullptr;
   PackParams pack;
   if (product && !few)
-    pack.factors[0] = packed_rows(l.u, s.r, size, room), pack.factors[1] = packed_columns(l.v, s.r, size, room);
+    pack.factors[0] = packed_rows(l.u, s.r, size, room, l.outside, l.factor),
+    pack.factors[1] = packed_columns(l.v, s.r, size, room);
   const int64_t of_z = static_cast<int64_t>(s.rows) * padded(s.r) * size;
-  if (l.outside)
-    pack.factors[0].out = l.factor;
-  else
-    s.z = l.want_u || (l.want_x && !few) ? room.take<char>(of_z) : nullptr;
+  if (!l.outside) s.z = l.want_u || (l.want_x && !few) ? room.take<char>(of_z) : nullptr;
   l.modulate.z = l.want_v ? room.take<char>(of_z) : nullptr;
   if (l.want_sigma && !l.want_p) s.h = room.take<float>(static_cast<int64_t>(s.rows) * s.r);
   Splits small;

@@ -34,8 +34,7 @@ OUTSIDE = 32
 
 LIBRARY_WORK = 1 << 34
 """M K N above which cuBLAS's product and another for the branch are faster than ours with the branch in its loop, on GPUs whose
-fast tensor cores ours does not use. On an H100 the two take 346 + 59 us at 8192 x 4096 x 4096, ours takes 684; at an eighth of
-that the host needs longer for two more operators than they save."""
+fast tensor cores ours does not use (an H100 needed about half the time); below, the host needs longer for two more operators."""
 
 LIBRARY_GPUS = (9, 10)
 """Major compute capabilities of those."""
@@ -71,17 +70,23 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return _refused(device)
 
 
-@functools.cache
 def _refused(device: torch.device) -> str | None:
     """What the driver says against the kernels: it is older than the runtime in the extension, or has no code for this GPU."""
-    with torch.cuda.device(device):
-        error = torch.ops.svdkern._cuda_probe.default(torch.empty(0, device=device))
-    if not error:
+    found = _answers.get(device)
+    if found is None:
+        with torch.cuda.device(device):
+            found = torch.ops.svdkern._cuda_probe.default(torch.empty(0, device=device))
+        if not (found and torch.cuda.is_current_stream_capturing()):  # then it may be the capture that it cannot bear
+            _answers[device] = found
+    if not found:
         return None
     return (
-        f"the CUDA kernels ({torch.ops.svdkern._cuda_build()}) cannot run on {torch.cuda.get_device_name(device)}: {error}; "
+        f"the CUDA kernels ({torch.ops.svdkern._cuda_build()}) cannot run on {torch.cuda.get_device_name(device)}: {found}; "
         "kernels built with nvcc 13 need a driver of release 580 or later"
     )
+
+
+_answers: dict[torch.device, str] = {}
 
 
 def call(name: str, *arguments: object) -> Any:
@@ -112,7 +117,7 @@ def major(device: torch.device) -> int:
 
 
 def by_library(rows: int, width: int, out: int, device: torch.device) -> bool:
-    """Whether the product with W is cuBLAS's."""
+    """Whether the product with W is cuBLAS's; then float32 is as precise as PyTorch's settings have it, and y is rounded twice."""
     return rows > SMALL_ROWS and rows * width * out > LIBRARY_WORK and major(device) in LIBRARY_GPUS
 
 
@@ -130,6 +135,8 @@ class CudaBackend(EagerBackend):
     name = "cuda"
 
     def shrink(self, a: Tensor, factor: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
+        if is_watched(a, factor):
+            return super().shrink(a, factor, rng_state, threshold)
         a = _unit(a)
         h = a.new_empty(a.shape[0], factor.shape[1], dtype=torch.float32)
         if _empty(a, factor):
@@ -150,7 +157,7 @@ class CudaBackend(EagerBackend):
         threshold: int,
     ) -> Tensor:
         a = _unit(a)
-        if _empty(a, factor) or (w is not None and _empty(w)):
+        if is_watched(a, w, z, factor) or _empty(a, factor) or (w is not None and _empty(w)):
             return super().linear(a, w, z, factor, bias, rng_state, threshold)
         w, bias = _base(a, w, bias)
         y = a.new_empty(a.shape[0], factor.shape[0])
@@ -160,6 +167,8 @@ class CudaBackend(EagerBackend):
         return y
 
     def outer(self, a: Tensor, q: Tensor, like: Tensor, rng_state: Tensor | None, threshold: int) -> Tensor:
+        if is_watched(a, q, like):
+            return super().outer(a, q, like, rng_state, threshold)
         a = _unit(a)
         if _empty(a, like):
             return torch.zeros_like(like)
@@ -182,7 +191,7 @@ class CudaBackend(EagerBackend):
         rng_state: Tensor | None,
         threshold: int,
     ) -> tuple[Tensor, Tensor]:
-        if is_watched(x):
+        if is_watched(x, weight, u, v):
             return _EAGER.forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         a, r = _unit(as_rows(x)), u.shape[1]
         if threshold == DROPS_ALL or _empty(a, u, v) or (core is not None and r > CORE_RANKS):
@@ -220,7 +229,7 @@ class CudaBackend(EagerBackend):
         want: Gradients,
     ) -> Gradients:
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
-        if batched or is_watched(dy):
+        if batched or is_watched(dy, x, weight, u, v):
             return _EAGER.backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
         b, r = _unit(as_rows(dy)), u.shape[1]
         if threshold == DROPS_ALL or _empty(b, u, v) or (core is not None and r > CORE_RANKS):

@@ -20,6 +20,7 @@ from torch import Tensor
 from svdkern.backends import choices, cpu, cuda, extension, gpu_choice, triton
 from svdkern.backends.formula import Backend
 from svdkern.backends.table import Shape
+from svdkern.backends.tracing import is_watched
 
 log = logging.getLogger("svdkern")
 
@@ -130,8 +131,9 @@ def _look_up(
             keep = choices.autotune(shape, a.dtype)
         found = cpu.PATHS[_path(shape, a.dtype, requested, threshold).path]
     elif a.is_cuda and _is_automatic(requested):
-        keep = not torch.cuda.is_current_stream_capturing()  # when not everything can be found out
-        if gpu_choice.takes_cuda(shape, a.device, a.dtype):
+        watched = is_watched(a)  # by what eager serves; it says nothing of the next call of this shape
+        keep = not watched and not torch.cuda.is_current_stream_capturing()  # when not everything can be found out
+        if not watched and gpu_choice.takes_cuda(shape, a.device, a.dtype):
             found = BACKENDS["cuda"]
     if keep:
         _paths[key] = found

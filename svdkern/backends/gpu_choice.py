@@ -15,9 +15,9 @@ from svdkern.backends.table import Shape
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
-LIMITS = ((1 << 34, 64), (1 << 35, 16))
-"""Largest M K N, and largest rank up to there. So far the host's part of a call takes longer than the GPU's, and one operator is
-the least there is; the ranks are those that were measured. Beyond, eager is as fast or faster."""
+LIMITS = ((1 << 31, 64), (1 << 33, 16))
+"""Largest M K N, and largest rank up to there. So far the host's part of a call is most of it, of which one operator is the least
+there is; near the limit a replayed CUDA graph, which has no host's part, may be faster with eager."""
 
 RULE = " or ".join(f"M K N <= 2^{work.bit_length() - 1} and r <= {rank}" for work, rank in LIMITS)
 

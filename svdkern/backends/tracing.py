@@ -70,7 +70,8 @@ def register() -> None:
         torch.library.register_vmap(op, one_call_an_example(op))
 
 
-def is_watched(x: Tensor) -> bool:
-    """Whether x is a tensor that need not have memory (a fake one), or a mode records which operators run (make_fx): PyTorch's
-    operators are what either understands, a kernel launched past them is not."""
-    return (type(x) is not Tensor and type(x) is not Parameter) or torch._C._len_torch_dispatch_stack() > 0
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether one is a tensor that need not have memory (a fake one) or means something else by it, or a mode records which
+    operators run (make_fx): PyTorch's operators are what these understand, a kernel launched past them is not."""
+    other = any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in tensors)
+    return other or torch._C._len_torch_dispatch_stack() > 0

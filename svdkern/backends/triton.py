@@ -121,7 +121,7 @@ class TritonBackend(EagerBackend):
     ) -> tuple[Tensor, Tensor]:
         rows, r = math.prod(x.shape[:-1]), u.shape[1]
         empty = not (rows and u.numel() and v.numel())
-        if threshold == DROPS_ALL or empty or is_watched(x) or not self._serves(x.dtype, r, core):
+        if threshold == DROPS_ALL or empty or is_watched(x, weight, u, v) or not self._serves(x.dtype, r, core):
             return super().forward(x, weight, u, sigma, v, bias, scale, core, gate, index, rng_state, threshold)
         from svdkern.triton_kernels import configs, forward, launching, linear, pack, shrink
 
@@ -170,7 +170,7 @@ class TritonBackend(EagerBackend):
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # autograd.grad(is_grads_batched=True)
         rows, r = math.prod(dy.shape[:-1]), u.shape[1]
         empty = batched or not (rows and u.numel() and v.numel())
-        if threshold == DROPS_ALL or empty or is_watched(dy) or not self._serves(dy.dtype, r, core):
+        if threshold == DROPS_ALL or empty or is_watched(dy, x, weight, u, v) or not self._serves(dy.dtype, r, core):
             return super().backward(dy, x, weight, u, sigma, v, scale, core, gate, index, h, rng_state, threshold, want)
         from svdkern.triton_kernels import backward, launching, pack
 

@@ -2,7 +2,7 @@
 
 Sketch and residual have the bits of PyTorch's operations, of which they save hundreds of launches: they are taken wherever
 Triton can serve, unless ``SVDKERN_BACKEND`` names another backend. The products of a Krylov step have other bits, and their own
-launches cost what they save of a small matrix: unasked they are taken only for what an H100 was faster with.
+launches cost what they save of a small matrix: they are taken where ``SVDKERN_BACKEND`` names triton.
 
 Layer: above ``dispatch``.
 """
@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from svdkern.backends import dispatch, triton
-
-MANY_ELEMENTS = 1 << 25
-"""Of a 16-bit matrix whose products are taken unasked on sm_90: 14336 x 4096 was faster so, 4096 x 4096 was not, float32 hardly."""
 
 
 def has_same_bits(device: torch.device) -> bool:
@@ -35,13 +32,7 @@ def takes_products(matrix: Tensor) -> bool:
     """
     if not matrix.is_cuda or matrix.dtype not in triton.DTYPES or _is_traced():
         return False
-    if dispatch.named() is not None:
-        return dispatch.choose(matrix, None) is dispatch.BACKENDS["triton"]
-    if matrix.dtype.itemsize != 2 or matrix.numel() < MANY_ELEMENTS:
-        return False
-    if torch.cuda.get_device_capability(matrix.device) != (9, 0):
-        return False
-    return triton.why_not(matrix.device, matrix.dtype) is None and triton.compiles(matrix.device)
+    return dispatch.named() == "triton" and dispatch.choose(matrix, None) is dispatch.BACKENDS["triton"]
 
 
 def _is_traced() -> bool:

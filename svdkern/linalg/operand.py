@@ -4,8 +4,7 @@ On the CPU both products of a step come from one read of the matrix (``csrc/cpu/
 BLAS: always for half precision, for float32 up to a width that was measured. Wider blocks, float64 and other devices go to
 the BLAS as they are; the scale, a power of two, is applied to the product, which is exact. What is left (two strides, values
 near the ends of the range) is read panel by panel: a few MB at a time are cast, scaled and multiplied. On a GPU the
-products are those of ``triton_kernels/normal.py`` under ``SVDKERN_BACKEND=triton``, for any dtype but float64, and unasked where
-``backends/triton_svd.py`` says so: large matrices of half precision on sm_90.
+products are those of ``triton_kernels/normal.py`` under ``SVDKERN_BACKEND=triton``, for any dtype but float64.
 """
 
 from __future__ import annotations
