@@ -152,8 +152,8 @@ def test_two_calls_share_no_workspace() -> None:
         call = how.call
 
         def watched(name: str, *arguments: object) -> object:
-            if name == "forward":
-                seen.append(arguments[-2])
+            if name == "layer_forward":
+                seen.append(arguments[-1])
             return call(name, *arguments)
 
         with pytest.MonkeyPatch.context() as patch:
