@@ -92,7 +92,10 @@ def _compiled() -> list[str]:
     )
     if missing is None:
         lines.append(f"  compiled by {torch.ops.svdkern._cuda_build()}; run from their PTX by the tests")
-        lines.append('  taken where a call names them (backend="cuda", SVDKERN_BACKEND=cuda)')
+        lines.append(
+            '  taken where a call names them (backend="cuda", SVDKERN_BACKEND=cuda); unasked on sm_90, in bfloat16 and'
+        )
+        lines.append(f"  float16, by layers of {gpu_choice.RULE}")
     else:
         lines.append(f"  missing: {missing}")
     missing = triton.why_missing()

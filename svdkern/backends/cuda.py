@@ -34,7 +34,7 @@ OUTSIDE = 32
 
 LIBRARY_WORK = 1 << 34
 """M K N above which cuBLAS's product and another for the branch are faster than ours with the branch in its loop, on GPUs whose
-fast tensor cores ours does not use (an H100 needed about half the time); below, the host needs longer for two more operators."""
+fast tensor cores ours does not use; below, the host needs longer for two more operators."""
 
 LIBRARY_GPUS = (9, 10)
 """Major compute capabilities of those."""

@@ -64,6 +64,6 @@ class EagerBackend(Backend):
 
 
 def _adds_cheaply(a: Tensor, w: Tensor) -> bool:
-    """Whether cuBLAS adds ``a w`` to the branch at less cost than the branch to ``a w``: for a row-major w, as dx has it, an H100
-    took a fifteenth less, for y's the other way round is better."""
+    """Whether cuBLAS adds ``a w`` to the branch at less cost than the branch to ``a w``: so an H100 has it
+    for a row-major w, which is dx's; for y's the other way round is better."""
     return a.is_cuda and a.dtype in _HALF and w.dtype == a.dtype and w.stride(1) == 1
